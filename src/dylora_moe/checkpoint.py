@@ -1,0 +1,393 @@
+"""The checkpoint format (`format_version: 1`): save, load, validate. Everything is checked before a model is touched.
+
+dir/moe_config.json                    mixture configuration, expert order and state, base name and revision
+dir/router.safetensors                 router tensors
+dir/<expert>/adapter_config.json       stock PEFT
+dir/<expert>/adapter_model.safetensors
+dir/README.md                          model card
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .base import load_base
+from .card import model_card
+from .config import MoELoraConfig, check_mixable
+from .experts import NEW, ROUTED, layer_tensors
+from .router import Router
+
+if TYPE_CHECKING:
+    from .model import DyLoraMoE
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "moe_config.json"
+ROUTER_FILE = "router.safetensors"
+CARD_FILE = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+_PICKLES = (
+    "adapter_model.bin",
+    "adapter_model.pt",
+    "adapter_model.pth",
+    "pytorch_model.bin",
+    "router.pt",
+    "router.bin",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or adapter that cannot be used; the message names the file and what was expected."""
+
+
+class Adapter(NamedTuple):
+    """A validated stock adapter: its configuration and its tensors by stock key."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter") -> Adapter:
+    """Read a stock PEFT LoRA adapter and check that it fits `base`, without touching `base`.
+
+    Args:
+        source: a folder or a hub id.
+        base: the model it is meant for.
+        name: of the expert, for messages.
+
+    Raises:
+        CheckpointError: missing, damaged, pickled, not a LoRA adapter, or made for another architecture.
+    """
+    folder = _folder(source, [ADAPTER_CONFIG, ADAPTER_TENSORS])
+    config_file = folder / ADAPTER_CONFIG
+    fields = _read_json(config_file)
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{config_file}: peft_type is {fields.get('peft_type')!r}; only LORA adapters can be mixed."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        assert isinstance(config, LoraConfig)
+        check_mixable(config, name)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    config.inference_mode = False  # whether an expert trains is the mixture's business
+    tensors = _read_tensors(folder / ADAPTER_TENSORS)
+    expected, config.fan_in_fan_out = _expected_tensors(base, config, config_file)
+    _check_tensors(tensors, expected, folder / ADAPTER_TENSORS, f"this {type(base).__name__}", config)
+    return Adapter(config, tensors)
+
+
+def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> tuple[dict[str, tuple], bool]:
+    """Shapes by stock key that PEFT itself would give this adapter on a base of this architecture (on no memory)."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out with a warning; we keep what it found
+        skeleton = type(base)(copy.deepcopy(base.config))
+        try:
+            model = LoraModel(skeleton, {"probe": copy.deepcopy(config)}, "probe", low_cpu_mem_usage=True)
+        except ValueError as error:
+            made_for = config.base_model_name_or_path or "an unnamed base"
+            raise CheckpointError(
+                f"{file}: made for {made_for}, does not fit {type(base).__name__}: {error}"
+            ) from error
+    layers = [(path, m) for path, m in model.model.named_modules() if isinstance(m, LoraLayer)]
+    tensors = [tensor for path, layer in layers for tensor in layer_tensors(layer, path, "probe")]
+    fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for _, layer in layers)
+    return {tensor.key: tuple(tensor.tensor.shape) for tensor in tensors}, fan_in_fan_out
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple],
+    file: Path,
+    what: str,
+    config: LoraConfig | None = None,
+) -> None:
+    origin = f" (made for {config.base_model_name_or_path})" if config and config.base_model_name_or_path else ""
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    if missing:
+        raise CheckpointError(f"{file}{origin}: {len(missing)} of {len(expected)} tensors missing, first {missing[0]}.")
+    if unknown:
+        raise CheckpointError(f"{file}{origin}: {len(unknown)} tensors that {what} does not have, first {unknown[0]}.")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise CheckpointError(
+                f"{file}{origin}: {key} has shape {list(tensors[key].shape)}, {what} expects {list(shape)}."
+            )
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise CheckpointError(f"{file}{origin}: {key} holds values that are not finite.")
+
+
+def export_adapter(model: DyLoraMoE, name: str, directory: str | Path) -> None:
+    """Write one expert of a mixture as a stock adapter folder."""
+    write_adapter(Path(directory), *_stock_adapter(model, name, None))
+
+
+def write_adapter(directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a stock adapter folder atomically."""
+    with _replacing(directory) as folder:
+        _write_adapter_files(folder, config, tensors)
+
+
+def _write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(str(folder))
+    plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    save_file(plain, folder / ADAPTER_TENSORS, metadata={"format": "pt"})
+
+
+def _stock_adapter(model: DyLoraMoE, name: str, gathered: Mapping[str, Tensor] | None) -> Adapter:
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True
+    config.base_model_name_or_path = model.base_name
+    config.task_type = config.task_type or "CAUSAL_LM"
+    # PEFT repairs a wrong fan_in_fan_out on the layer, not in the configuration: write what is true
+    config.fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for layer in model._layers if name in layer.r)
+    parts = model.expert_tensors(name)
+    return Adapter(config, {p.key: p.tensor.data if gathered is None else gathered[p.name] for p in parts})
+
+
+# ---------------------------------------------------------------------- mixtures
+
+
+def save_mixture(
+    model: DyLoraMoE,
+    directory: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write a mixture; see `DyLoraMoE.save_pretrained`."""
+    for ignored in ("safe_serialization", "save_embedding_layers", "max_shard_size"):
+        kwargs.pop(ignored, None)
+    if not is_main_process:
+        return
+    directory = Path(directory)
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give a folder.")
+    with _replacing(directory, owns=_is_ours) as folder:
+        for name in model.expert_names:
+            _write_adapter_files(folder / name, *_stock_adapter(model, name, state_dict))
+        router = model.router.state_dict()
+        if state_dict is not None:
+            router = {key: state_dict[f"router.{key}"] for key in router}
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in router.items()}, folder / ROUTER_FILE)
+        (folder / CARD_FILE).write_text(model_card(model, results), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(_describe(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    if push_to_hub:
+        hub = {key: kwargs.pop(key) for key in ("token", "private", "commit_message", "revision") if key in kwargs}
+        upload(directory, repo_id or directory.name, **hub)
+    if kwargs:
+        raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a saved mixture to the Hugging Face hub; returns the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=directory, commit_message=commit_message or "Upload mixture", revision=revision
+    )
+
+
+def load_mixture(
+    cls: type[DyLoraMoE],
+    directory: str | Path,
+    base: PreTrainedModel | str | None,
+    trainable: bool,
+    base_kwargs: dict[str, Any],
+) -> DyLoraMoE:
+    """Load a mixture; see `DyLoraMoE.from_pretrained`."""
+    folder = _folder(directory, [CONFIG_FILE])
+    file = folder / CONFIG_FILE
+    fields = _read_json(file)
+    config, states, frozen = _parse_description(fields, file)
+    router_tensors = _read_tensors(folder / ROUTER_FILE)
+    name = fields.get("base_model_name_or_path")
+    if base is None:
+        if not name:
+            raise CheckpointError(f"{file} names no base; pass base=... (a loaded model, its name or folder).")
+        base_kwargs = {**({"revision": fields["base_revision"]} if fields.get("base_revision") else {}), **base_kwargs}
+    model, given_name = load_base(name if base is None else base, base_kwargs)
+    experts = {expert: read_adapter(folder / expert, model, expert) for expert in states}
+    with torch.device("meta"):
+        width = model.config.get_text_config().hidden_size
+        router = Router(width, len(states) + config.route_to_base, config.router_type, config.router_hidden_size)
+    shapes = {key: tuple(value.shape) for key, value in router.state_dict().items()}
+    _check_tensors(router_tensors, shapes, folder / ROUTER_FILE, "the router of moe_config.json")
+    mixture = cls(model, config, {k: a.config for k, a in experts.items()}, base_name=given_name or name)
+    for expert, adapter in experts.items():
+        mixture._load_expert(expert, adapter.tensors, keep_dtype=True)
+    mixture.router.load_state_dict(router_tensors, assign=False)
+    mixture.expert_states.update(states)
+    for expert in states:
+        if expert in frozen or not trainable:
+            mixture.freeze_expert(expert)
+    mixture.router.requires_grad_(trainable)
+    mixture.eval()
+    return mixture
+
+
+def _describe(model: DyLoraMoE) -> dict[str, Any]:
+    from . import __version__
+
+    config = model.moe_config
+    default = MoELoraConfig(num_experts=config.num_experts)
+    lora = {}
+    for f in dataclasses.fields(LoraConfig):
+        value = getattr(config, f.name)
+        if f.init and f.name != "runtime_config" and value != getattr(default, f.name):
+            lora[f.name] = sorted(value) if isinstance(value, set) else value
+    return {
+        "format_version": FORMAT_VERSION,
+        "dylora_moe_version": __version__,
+        "base_model_name_or_path": model.base_name,
+        "base_revision": getattr(model.config, "_commit_hash", None),
+        "experts": [
+            {"name": name, "state": state, "frozen": name in model._frozen_experts}
+            for name, state in model.expert_states.items()
+        ],
+        "config": {**json.loads(json.dumps(lora, default=str)), **config.routing_fields()},
+    }
+
+
+def _parse_description(fields: dict[str, Any], file: Path) -> tuple[MoELoraConfig, dict[str, str], set[str]]:
+    version = fields.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{file}: format_version is {version!r}; not a mixture's configuration.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the newest this version of dylora-moe "
+            "reads; upgrade dylora-moe."
+        )
+    try:
+        experts = {entry["name"]: entry for entry in fields["experts"]}
+        states = {name: entry["state"] for name, entry in experts.items()}
+        config = MoELoraConfig(**fields["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error!s}") from error
+    if list(states) != config.expert_names or not set(states.values()) <= {NEW, ROUTED}:
+        raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
+    return config, states, {name for name, entry in experts.items() if entry.get("frozen")}
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _folder(source: str | Path, files: list[str]) -> Path:
+    """A local folder for `source`: itself, or the download of a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; expected a folder with {', '.join(files)}.")
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"{source}: no such folder; expected one with {', '.join(files)}, or a hub id (owner/name)."
+        )
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source}: no such folder, and the hub did not deliver it: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds {type(fields).__name__}; expected a JSON object.")
+    return fields
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        pickles = [name for name in _PICKLES if (file.parent / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"{file.parent / pickles[0]} is a pickle, which can run code when loaded: refused. Convert it to "
+                f"{file.name} (safetensors) where it was made."
+            )
+        raise CheckpointError(f"{file} is missing.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an entry of an older checkpoint folder belongs to the mixture (and not to a trainer or a user)."""
+    return entry.name in (CONFIG_FILE, ROUTER_FILE, CARD_FILE) or (entry / ADAPTER_CONFIG).is_file()
+
+
+class _replacing:
+    """Write into a temporary folder beside `target`, then put it in the place of `target`.
+
+    Entries of an older `target` that `owns` does not claim are kept. On any error the old folder stays as it was.
+    """
+
+    def __init__(self, target: Path, owns: Callable[[Path], bool] = lambda entry: True):
+        self.target, self.owns = target.absolute(), owns
+
+    def __enter__(self) -> Path:
+        parent = self.target.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".tmp", dir=parent))
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        mask = os.umask(0)
+        os.umask(mask)
+        self.folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
+        if not self.target.exists():
+            self.folder.rename(self.target)
+            return
+        old = self.folder.with_suffix(".old")
+        self.target.rename(old)
+        self.folder.rename(self.target)
+        for entry in old.iterdir():
+            if not self.owns(entry) and not (self.target / entry.name).exists():
+                entry.rename(self.target / entry.name)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,391 @@
+"""Routed LoRA layers: stock PEFT layers whose class is swapped for one that mixes the experts per token.
+
+Parameters, names, state dict, merging and quantized variants stay PEFT's. With no routing in force a routed layer is
+PEFT's layer, bit for bit.
+
+Shapes: B batch, S sequence, T = B·S tokens, D in, O out, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import check_mixable
+from .mixing.align import align_weights
+from .mixing.dense import DenseMixture, compute_dtype, dense_mixture, expand, pack
+from .mixing.reference import reference_mixture
+
+Packed = tuple[DenseMixture, Tensor, Tensor]
+
+
+@dataclass
+class Routing:
+    """What is in force right now, shared by all routed layers of a model.
+
+    Attributes:
+        names: the experts that the columns of `weights` belong to.
+        weights: `[B, S or 1, E]`, or None if no mixing is in force.
+        forced: PEFT's own forward with exactly these adapters active ([] for the base), or None.
+        packed: concatenated matrices by layer name, for the length of one `generate` call; None outside. They can
+            not outlive it, so no optimizer step, load or `.data` write can make them stale.
+        reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
+    """
+
+    names: tuple[str, ...] = ()
+    weights: Tensor | None = None
+    forced: list[str] | None = None
+    packed: dict[str, Packed] | None = field(default=None, repr=False)
+    reached: dict[str, int] | None = None
+
+    @property
+    def in_force(self) -> bool:
+        """Whether layers must do anything but call PEFT's own forward."""
+        return self.weights is not None or self.forced is not None
+
+    def mix(self, names: tuple[str, ...], weights: Tensor) -> None:
+        """Put weights `[B, S or 1, E]` in force."""
+        self.names, self.weights, self.forced = names, weights, None
+
+    def force(self, names: list[str]) -> None:
+        """Put PEFT's own forward with the adapters `names` in force; [] is the base."""
+        self.names, self.weights, self.forced = (), None, names
+
+    def reset(self) -> None:
+        """Nothing is in force."""
+        self.names, self.weights, self.forced = (), None, None
+
+    @contextmanager
+    def restored(self, state: tuple[tuple[str, ...], Tensor | None, list[str] | None]) -> Iterator[None]:
+        """Put an earlier `state` in force for the length of a block (the recompute of a checkpointed layer)."""
+        before = self.state()
+        self.names, self.weights, self.forced = state
+        try:
+            yield
+        finally:
+            self.names, self.weights, self.forced = before
+
+    def state(self) -> tuple[tuple[str, ...], Tensor | None, list[str] | None]:
+        """What is in force, to be restored later."""
+        return self.names, self.weights, self.forced
+
+
+class RoutedLayer:
+    """Mix-in that turns a PEFT LoRA layer into a routed one; see `routed_class`."""
+
+    routing: Routing
+    routing_name: str
+
+    @property
+    def active_adapters(self) -> list[str]:
+        forced = self.routing.forced
+        return super().active_adapters if forced is None else forced  # type: ignore[misc]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, routing = cast(LoraLayer, self), self.routing
+        if not routing.in_force or layer.disable_adapters:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        names, weights = routing.names, routing.weights
+        if routing.reached is not None and carried(layer, names if routing.forced is None else routing.forced):
+            routing.reached[self.routing_name] = routing.reached.get(self.routing_name, 0) + 1
+        if weights is None:
+            names = tuple(routing.forced or ())
+            if not layer.merged:
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            weights = x.new_ones(1, 1, len(names), dtype=torch.float32)
+        present = carried(layer, names)
+        mixture = None if args or kwargs or layer.merged else dense_form(layer, names, present)
+        if mixture is None:
+            return reference_mixture(layer, x, weights, names, **kwargs)
+        if not present:
+            return layer.base_layer(x)
+        return self._mix(layer, x, weights, mixture, present)
+
+    def _mix(self, layer: Any, x: Tensor, weights: Tensor, mixture: DenseMixture, present: list[str]) -> Tensor:
+        gates = align_weights(weights, x.shape[:-1])
+        flat_gates = gates.expand(*x.shape[:-1], gates.shape[-1]).flatten(0, -2)
+        flat = x.flatten(0, -2)
+        weight, bias = plain_base(layer)
+        lora_A = [layer.lora_A[name].weight for name in present]
+        lora_B = [layer.lora_B[name].weight for name in present]
+        packed = self.routing.packed
+        if packed is not None and not torch.is_grad_enabled() and not mixture.dropout:
+            key = f"{self.routing_name} {mixture.columns}"
+            dtype = compute_dtype(flat)
+            if key not in packed or packed[key][1].dtype != dtype:
+                packed[key] = (mixture, *pack(lora_A, lora_B, dtype))
+            _, A, B = packed[key]
+            y = expand(
+                flat, weight, bias, nn.functional.linear(flat.to(dtype), A) * mixture.gates(flat_gates, dtype), B
+            )
+        else:
+            y = dense_mixture(flat, weight, bias, flat_gates, mixture, lora_A, lora_B)
+        y = y.unflatten(0, x.shape[:-1])
+        if weight is None:
+            y = layer.base_layer(x) + y
+        biases = [layer.lora_B[name].bias for name in present]
+        for column, scaling, lora_bias in zip(mixture.columns, mixture.scalings, biases, strict=True):
+            if lora_bias is not None:
+                y = y + (gates[..., column, None] * scaling * lora_bias).to(y.dtype)
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare_instance, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
+
+
+def carried(layer: LoraLayer, names: Any) -> list[str]:
+    """Those of `names` that adapt this layer, in their order."""
+    return [name for name in names if name in layer.lora_A or name in layer.lora_embedding_A]
+
+
+def dense_form(layer: LoraLayer, names: tuple[str, ...], present: list[str]) -> DenseMixture | None:
+    """The two-GEMM form of a layer's experts, or None where only the reference loop is exact."""
+    if layer.lora_embedding_A or any(name in layer.lora_variant for name in present):
+        return None
+    rates = {
+        m.p if isinstance(m, nn.Dropout) and m.training else 0.0 for m in map(layer.lora_dropout.__getitem__, present)
+    }
+    if len(rates) > 1:  # experts with different dropout need a mask each
+        return None
+    return DenseMixture(
+        columns=tuple(names.index(name) for name in present),
+        ranks=tuple(layer.lora_A[name].weight.shape[0] for name in present),
+        scalings=tuple(layer.scaling[name] for name in present),
+        dropout=rates.pop() if rates else 0.0,
+    )
+
+
+def plain_base(layer: LoraLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Weight `[O, D]` and bias of a base layer whose GEMM may be fused, else (None, None).
+
+    Quantized, hooked, offloaded and trainable base layers are only ever called.
+    """
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
+        return None, None
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        return None, None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None, None
+    return (base.weight.T if type(base) is Conv1D else base.weight), base.bias
+
+
+@functools.cache
+def routed_class(peft_class: type) -> type:
+    """The routed subclass of one PEFT layer class, made once."""
+    return type(f"Routed{peft_class.__name__}", (RoutedLayer, peft_class), {"__module__": __name__})
+
+
+def _peft_class(routed: type) -> type:
+    return routed.__mro__[2]
+
+
+def _bare_instance(peft_class: type) -> nn.Module:
+    routed = routed_class(peft_class)
+    return routed.__new__(routed)
+
+
+def route_layers(model: LoraModel, routing: Routing) -> None:
+    """Swap the class of every LoRA layer of `model` and hand it `routing`; layers swapped before are left alone.
+
+    Raises:
+        ValueError: the model holds something that cannot be mixed per token; nothing is changed then.
+    """
+    layers = []
+    for name, config in model.peft_config.items():
+        check_mixable(config, name)
+    for path, module in model.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"{path} is kept whole per adapter (modules_to_save); it cannot be mixed per token.")
+        if not isinstance(module, LoraLayer):
+            continue
+        if isinstance(module, (_ConvNd, ParamWrapper, MultiheadAttention)):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) cannot be mixed per token; leave it out of target_modules."
+            )
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{path}: something replaced its `forward` (accelerate's hooks do); dispatch or hook the base before "
+                "adding adapters, or remove the hook."
+            )
+        layers.append((path, module))
+    for path, module in layers:
+        if not isinstance(module, RoutedLayer):
+            module.__class__ = routed_class(type(module))
+            module.routing, module.routing_name = routing, path
+
+
+def routed_layers(model: nn.Module) -> list[LoraLayer]:
+    """All routed layers, in module order."""
+    return [cast(LoraLayer, m) for m in model.modules() if isinstance(m, RoutedLayer)]
+
+
+def check_weights(weights: Any, num_experts: int, batch: int | None, length: int | None) -> Tensor:
+    """Bring caller-given weights to `[B or 1, S or 1, E]`.
+
+    Args:
+        weights: `[E]`, `[B, E]` or `[B, S, E]`, any float dtype.
+        num_experts: E.
+        batch, length: B and S of the input if known; `length=None` refuses `[B, S, E]` (generation).
+
+    Raises:
+        TypeError: not a float tensor.
+        ValueError: wrong shape or a value that is not finite.
+    """
+    accepted = f"[{num_experts}] or [batch, {num_experts}]" + (
+        f" or [batch, sequence, {num_experts}]" if length else ""
+    )
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"routing_weights must be a float tensor of shape {accepted}, not {weights!r:.80}.")
+    shape = tuple(weights.shape)
+    given = weights
+    if weights.dim() == 1:
+        weights = weights[None, None]
+    elif weights.dim() == 2:
+        weights = weights[:, None]
+    fits = given.dim() in ((1, 2, 3) if length else (1, 2)) and shape[-1] == num_experts
+    if fits and batch is not None:
+        fits = weights.shape[0] == batch if given.dim() > 1 else True
+    if not fits or (given.dim() == 3 and weights.shape[1] != length):
+        raise ValueError(
+            f"routing_weights has shape {list(shape)}; expected {accepted}"
+            + (f" with batch={batch}" if batch is not None else "")
+            + (f" and sequence={length}." if length else ".")
+        )
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(weights.detach()).all()):
+        raise ValueError("routing_weights holds values that are not finite (NaN or infinity).")
+    return weights
+
+
+class RoutedPeftModel:
+    """Mix-in for a PEFT model without a router of ours: `routing_weights=` in `forward` and `generate`."""
+
+    routing: Routing
+
+    def forward(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
+        with self._given(routing_weights, args, kwargs, generating=False):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def generate(self, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Any:
+        with self._given(routing_weights, args, kwargs, generating=True):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _given(self, weights: Tensor | None, args: Any, kwargs: Any, generating: bool) -> Iterator[None]:
+        if weights is None:
+            yield
+            return
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names and routing_weights both choose adapters; pass one of the two.")
+        batch, length = input_shape(args, kwargs)
+        names = tuple(cast(PeftModel, self).base_model.active_adapters)
+        weights = check_weights(weights, len(names), batch, None if generating else length)
+        route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
+        keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)
+        self.routing.mix(names, weights)
+        self.routing.packed = {} if generating else None
+        try:
+            yield
+        finally:
+            self.routing.reset()
+            self.routing.packed = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare_peft_model, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
+
+
+@functools.cache
+def _routed_peft_class(peft_class: type) -> type:
+    return type(f"Routed{peft_class.__name__}", (RoutedPeftModel, peft_class), {"__module__": __name__})
+
+
+def _bare_peft_model(peft_class: type) -> nn.Module:
+    routed = _routed_peft_class(peft_class)
+    return routed.__new__(routed)
+
+
+def enable_routing(peft_model: PeftModel) -> PeftModel:
+    """Let a stock PEFT LoRA model take `routing_weights=` in `forward` and `generate`.
+
+    The weights, `[E]`, `[B, E]` or (in `forward`) `[B, S, E]`, belong to the active adapters in the order of
+    `peft_model.base_model.active_adapters` at the call; each adapted layer then returns its base output plus the
+    weighted sum of the adapters' deltas. The weights receive gradients. Without the argument the model is bit for
+    bit what it was.
+
+    Args:
+        peft_model: a `PeftModel` with LoRA adapters; changed in place.
+
+    Returns:
+        The same model, for chaining.
+
+    Raises:
+        TypeError: not a `PeftModel` with LoRA adapters.
+        ValueError: it holds something that cannot be mixed per token (`modules_to_save`, `bias="all"`, convolutions,
+            `target_parameters`).
+    """
+    if not isinstance(peft_model, PeftModel) or not isinstance(peft_model.base_model, LoraModel):
+        raise TypeError(f"enable_routing needs a PeftModel with LoRA adapters, not {type(peft_model).__name__}.")
+    if isinstance(getattr(peft_model, "routing", None), Routing):
+        return peft_model
+    routing = Routing()
+    route_layers(peft_model.base_model, routing)
+    peft_model.routing = routing  # type: ignore[assignment]
+    peft_model.__class__ = _routed_peft_class(type(peft_model))
+    return peft_model
+
+
+def input_shape(args: Any, kwargs: Any) -> tuple[int | None, int | None]:
+    """Batch and length of a model call, from whichever input it was given."""
+    for value in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
+        if isinstance(value, Tensor):
+            return value.shape[0], value.shape[1]
+    return None, None
+
+
+class KeepRouting:
+    """Wraps a checkpoint function so that the recompute sees the routing of its own forward."""
+
+    def __init__(self, checkpoint: Any, routing: Routing):
+        self.checkpoint, self.routing = checkpoint, routing
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.routing.state()
+
+        def with_routing(*inputs: Any, **options: Any) -> Any:
+            with self.routing.restored(state):
+                return function(*inputs, **options)
+
+        return self.checkpoint(with_routing, *args, **kwargs)
+
+
+def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
+    """Wrap every layer's checkpoint function once, however checkpointing was switched on.
+
+    Raises:
+        ValueError: reentrant checkpointing, which would silently lose the router's gradient.
+    """
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if (
+            function is None
+            or isinstance(function, KeepRouting)
+            or not getattr(module, "gradient_checkpointing", False)
+        ):
+            continue
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would silently lose the gradient of the routing "
+                'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        module._gradient_checkpointing_func = KeepRouting(function, routing)

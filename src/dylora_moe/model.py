@@ -1,0 +1,420 @@
+"""DyLoraMoE: a frozen causal language model that carries LoRA experts and routes every token among them.
+
+Shapes: B batch, S sequence, E experts, n router outputs, k router layer, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import passes, routing
+from .base import load_base
+from .config import MoELoraConfig, check_expert_name, check_mixable
+from .contexts import Contexts
+from .experts import NEW, ROUTED, ExpertLifecycle
+from .layers import Routing, check_weights, input_shape, route_layers, routed_layers
+from .output import MoECausalLMOutput, with_routing_fields
+from .placement import Placement, lowest_layer
+from .request import CallLock, Request, check_experts
+from .router import Router
+from .trace import RoutingTrace
+
+
+class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
+    """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
+
+    It is a `PeftModelForCausalLM`, so Trainer, TRL, accelerate, pipelines and evaluation harnesses treat it as one.
+    In training the weights are dense (or the best `train_top_k`), in evaluation the best `top_k`.
+
+    Attributes:
+        moe_config: the `MoELoraConfig`; `top_k`, `train_top_k`, `temperature` and the coefficients may be changed at
+            any time.
+        router: the `Router`.
+        expert_states: name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: MoELoraConfig,
+        experts: Mapping[str, LoraConfig] | None = None,
+        base_name: str | None = None,
+        autocast_adapter_dtype: bool = True,
+    ):
+        """Inject `experts` (name → stock configuration; default: new ones after `config`) into `base`."""
+        config.validate()
+        placement = Placement.of(base)
+        first = config.resolve_router_layer(placement.num_layers)
+        names = list(config.expert_names or [])
+        for name in names:
+            check_expert_name(name, base=base)
+        if experts is None:
+            first_adapted = 0 if config.router_layer == "last" else first
+            targets = placement.targets(base, config, first_adapted)
+            changes = {"target_modules": targets, "layers_to_transform": None, "exclude_modules": None}
+            experts = {name: config.expert_config(**changes) for name in names}
+        for name, expert in experts.items():
+            check_mixable(expert, name)
+        super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
+        for name in names[1:]:
+            PeftModelForCausalLM.add_adapter(self, name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+        self.moe_config = config
+        self.base_name = base_name or getattr(base, "name_or_path", "") or None
+        self.placement = placement
+        self.router_layer_index = first
+        self.routing = Routing()
+        self.expert_states: dict[str, str] = dict.fromkeys(names, ROUTED)
+        self.router = Router(
+            base.config.get_text_config().hidden_size,
+            len(names) + config.route_to_base,
+            config.router_type,
+            config.router_hidden_size,
+        ).to(next(placement.layers(base)[min(first, placement.num_layers - 1)].parameters()).device)
+        self._frozen_experts: set[str] = set()
+        self._default_experts: str | None = None
+        self._request: Request | None = None
+        self._current: Request | None = None
+        self._records: list[passes.RouterRecord] | None = None
+        self._trace: RoutingTrace | None = None
+        self._inside_base = False
+        self._lock = CallLock()
+        base.config.keys_to_ignore_at_inference = ["past_key_values", "routing_weights", "router_logits"]
+        self._layers: list[Any] = []
+        self._needs_routing_pass = False
+        self._refresh()
+        self._install_hooks(base)
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_base(
+        cls, base: PreTrainedModel | str, config: MoELoraConfig | None = None, **base_kwargs: Any
+    ) -> DyLoraMoE:
+        """A mixture of new experts on a base.
+
+        Args:
+            base: a loaded causal language model (changed in place), or its name or folder.
+            config: experts and routing; default `MoELoraConfig(target_modules="all-linear")`.
+            base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: a setting that does not fit the base; the message names it.
+        """
+        model, name = load_base(base, base_kwargs)
+        return cls(model, config or MoELoraConfig(target_modules="all-linear"), base_name=name)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: PreTrainedModel | str,
+        adapters: Mapping[str, str],
+        config: MoELoraConfig | None = None,
+        trainable: bool = False,
+        **base_kwargs: Any,
+    ) -> DyLoraMoE:
+        """A mixture of adapters that were trained elsewhere, with a fresh router.
+
+        Each keeps its own rank, alpha, targets and LoRA options. Train the router next; the experts are frozen
+        unless `trainable`.
+
+        Args:
+            base: a loaded causal language model (changed in place), or its name or folder.
+            adapters: expert name → folder or hub id of a stock PEFT LoRA adapter.
+            config: the routing; its LoRA fields are the default of experts added later.
+            trainable: leave the loaded experts trainable.
+            base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            CheckpointError: an adapter that is missing, damaged or made for another architecture. The base is left as
+                it was.
+        """
+        from .checkpoint import read_adapter
+
+        if not adapters:
+            raise ValueError("adapters={}: a mixture needs at least one expert.")
+        model, name = load_base(base, base_kwargs)
+        given = config.routing_fields() if config is not None else {}
+        given.update(num_experts=len(adapters), expert_names=list(adapters))
+        loaded = {expert: read_adapter(path, model, expert) for expert, path in adapters.items()}
+        lora = next(iter(loaded.values())).config
+        defaults = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules}
+        if config is not None:
+            defaults = {key: getattr(config, key) for key in defaults}
+        mixture = cls(
+            model,
+            MoELoraConfig(**{**defaults, **given}),
+            experts={expert: adapter.config for expert, adapter in loaded.items()},
+            base_name=name,
+        )
+        for expert, adapter in loaded.items():
+            mixture._load_expert(expert, adapter.tensors)
+            if not trainable:
+                mixture.freeze_expert(expert)
+        return mixture
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, directory: str, base: PreTrainedModel | str | None = None, trainable: bool = True, **base_kwargs: Any
+    ) -> DyLoraMoE:
+        """Load a mixture that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: folder or hub id of a checkpoint.
+            base: overrides the base named in the checkpoint.
+            trainable: False freezes router and experts.
+            base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file, or a newer format.
+        """
+        from .checkpoint import load_mixture
+
+        return load_mixture(cls, directory, base, trainable, base_kwargs)
+
+    def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the mixture as a checkpoint folder, atomically: a crash leaves an older one whole.
+
+        Args:
+            save_directory: the folder.
+            state_dict: full tensors by parameter name, where a trainer gathered them from shards.
+            kwargs: `is_main_process=False` writes nothing; `push_to_hub=True` (with `repo_id`, `token`, …) uploads.
+        """
+        from .checkpoint import save_mixture
+
+        save_mixture(self, save_directory, state_dict=state_dict, **kwargs)
+
+    def _install_hooks(self, base: nn.Module) -> None:
+        decoder = self.placement.decoder(base)
+        self._hooks = [
+            base.register_forward_pre_hook(self._before_base),
+            base.register_forward_hook(self._after_base, always_call=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
+        if self.router_layer_index < self.placement.num_layers:
+            layer = self.placement.layers(base)[self.router_layer_index]
+            self._hooks.append(layer.register_forward_pre_hook(self._before_router_layer, with_kwargs=True))
+
+    def _refresh(self) -> None:
+        """Bring everything derived from the set of experts up to date."""
+        names = self.expert_names
+        route_layers(self.base_model, self.routing)
+        self.active_adapter = names[0]
+        self.base_model.set_adapter(names)
+        for name in self._frozen_experts:
+            self.base_model.set_requires_grad(name, False)
+        self._layers = routed_layers(self.base_model)
+        adapted = [layer.routing_name for layer in self._layers if layer.r]
+        lowest = lowest_layer(self.placement, adapted)
+        self._needs_routing_pass = self.moe_config.router_layer == "last" or lowest < self.router_layer_index
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts, in the order of the columns of `routing_weights`."""
+        return list(self.expert_states)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.expert_states)
+
+    @property
+    def router_layer(self) -> int | str:
+        """Index of the decoder layer whose input the router reads, or `"last"`."""
+        return "last" if self.moe_config.router_layer == "last" else self.router_layer_index
+
+    @property
+    def passes_per_step(self) -> float:
+        """Forward passes of the base per routed step: 1.0, or 1 + k/L with a routing pass (2.0 for `"last"`)."""
+        extra = self.router_layer_index / self.placement.num_layers if self._needs_routing_pass else 0.0
+        return 1.0 + extra
+
+    def _new_columns(self) -> list[int]:
+        return [i for i, state in enumerate(self.expert_states.values()) if state == NEW]
+
+    def _output_names(self) -> list[str]:
+        return [*self.expert_names, *(["base"] if self.moe_config.route_to_base else [])]
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        experts: str | Sequence[str | None] | None = None,
+        routing_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoECausalLMOutput | tuple:
+        """One pass of the mixture.
+
+        Args:
+            input_ids: `[B, S]`; or `inputs_embeds` `[B, S, D]`.
+            attention_mask: `[B, S]`, 0 for padding.
+            labels: `[B, S]`, -100 where the loss does not look.
+            return_dict: False returns a tuple.
+            experts: force an expert by name (`"base"` for none) for all rows, or one name per row (None: routed).
+            routing_weights: force weights, `[E]`, `[B, E]` or `[B, S, E]`.
+            kwargs: passed to the base.
+
+        Raises:
+            ValueError: unknown experts, weights of the wrong shape or not finite, or both arguments at once.
+        """
+        batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
+        request = self._make_request(experts, routing_weights, batch, length, kwargs)
+        request.attention_mask, request.labels = attention_mask, labels
+        request.packed_rows = self.moe_config.granularity == "sequence" and _has_packed_rows(kwargs)
+        with self._call(request):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                return_dict=True,
+                **kwargs,
+            )
+        result = self._result(output, request, labels is not None)
+        wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return result if wanted else result.to_tuple()
+
+    def generate(  # type: ignore[override]
+        self,
+        *args: Any,
+        experts: str | Sequence[str | None] | None = None,
+        routing_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`transformers`' generate, routed token by token, with `experts=` or `routing_weights=` to force.
+
+        Weights are `[E]` or `[B, E]` and hold for every position; rows are repeated for beams.
+        """
+        batch, length = input_shape(args, kwargs)
+        request = self._make_request(experts, routing_weights, batch, None, kwargs)
+        request.attention_mask, request.prompt_length = kwargs.get("attention_mask"), length
+        with self._call(request):
+            self.routing.packed = {}
+            try:
+                return super().generate(*args, **kwargs)
+            finally:
+                self.routing.packed = None
+
+    def _make_request(
+        self, experts: Any, weights: Tensor | None, batch: int | None, length: int | None, kwargs: dict
+    ) -> Request:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names is PEFT's way to choose; pass experts=[...] (one name per row) instead.")
+        if experts is not None and weights is not None:
+            raise ValueError("experts and routing_weights both force the routing; pass one of the two.")
+        if weights is not None:
+            return Request(weights=check_weights(weights, self.num_experts, batch, length))
+        experts = check_experts(experts, self.expert_names, batch)
+        return Request(experts=self._default_experts if experts is None else experts)
+
+    @contextmanager
+    def _call(self, request: Request) -> Iterator[None]:
+        eager = not torch.compiler.is_compiling()
+        if eager:
+            self._lock.acquire()
+        outer, self._request = self._request, request
+        try:
+            yield
+        finally:
+            self._request, self._current = outer, None
+            self.routing.reset()
+            if eager:
+                self._lock.release()
+
+    def _result(self, output: Any, request: Request, labelled: bool) -> MoECausalLMOutput:
+        decision = request.decision
+        fields: dict[str, Tensor | None] = {"lm_loss": output.get("loss")}
+        if decision is not None and decision.weights is not None:
+            fields["routing_weights"] = decision.weights.expand(decision.batch, decision.length, -1)
+        if decision is not None and decision.logits is not None:
+            fields["router_logits"] = decision.logits
+            if labelled:
+                mask = decision.routed_mask(decision.logits.device)
+                aux, fields["balance_loss"] = self.auxiliary_losses(decision.logits, mask, shares=decision.shares)
+                fields["aux_loss"] = aux
+                if output.get("loss") is not None:
+                    fields["loss"] = output["loss"] + aux.to(output["loss"].device)
+        return with_routing_fields(output, **fields)
+
+    def auxiliary_losses(
+        self,
+        logits: Tensor,
+        mask: Tensor | None = None,
+        mean: routing.Mean = routing.masked_mean,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The auxiliary loss (coefficients applied) and the raw balance loss of some tokens.
+
+        Args:
+            logits: `[..., n]` router scores.
+            mask: bool over the leading dimensions, True for tokens that count; default all.
+            mean: how to average over tokens; a trainer passes one that spans its processes.
+            shares: the policy's `[..., n]` weights, if they are known already.
+        """
+        config = self.moe_config
+        if shares is None:
+            shares = self._policy(logits)
+        fresh = set(self._new_columns())
+        if fresh:
+            kept = torch.tensor([i for i in range(logits.shape[-1]) if i not in fresh], device=logits.device)
+            logits, shares = logits.index_select(-1, kept), shares.index_select(-1, kept)
+        balance = logits.new_zeros(())
+        if config.balance_loss != "none":
+            balance = routing.BALANCE_LOSSES[config.balance_loss](logits, shares, mask, mean)
+        aux = config.balance_coefficient * balance
+        if config.z_loss_coefficient:
+            aux = aux + config.z_loss_coefficient * routing.z_loss(logits, mask, mean)
+        return aux, balance
+
+    def _policy(self, logits: Tensor) -> Tensor:
+        """Weights of all router outputs: dense in training unless `train_top_k`, the best `top_k` in evaluation."""
+        config = self.moe_config
+        k = config.train_top_k if self.training else (config.top_k or 2)
+        if k is None:
+            return routing.dense(logits, config.temperature)
+        return routing.top_k(logits, k, config.temperature)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _before_base(self, base: nn.Module, args: Any) -> None:
+        self._inside_base = True
+
+    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
+        self._inside_base = False
+        self.routing.reset()
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return passes.start_pass(self, decoder, args, kwargs)
+
+    def _before_router_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        request = self._current
+        if request is not None and request.decision is not None and request.decision.pending:
+            passes.read(self, args[0] if args else kwargs["hidden_states"])
+
+    def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        request, self._current = self._current, None
+        if self._trace is not None and request is not None and request.decision is not None:
+            self._trace.record(request.decision)
+        if not self._inside_base:  # else the language-model head may carry experts, too
+            self.routing.reset()
+
+
+def _has_packed_rows(kwargs: dict[str, Any]) -> bool:
+    if any(kwargs.get(key) is not None for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens")):
+        return True
+    positions = kwargs.get("position_ids")
+    return isinstance(positions, Tensor) and bool(((positions == 0).sum(-1) > 1).any())

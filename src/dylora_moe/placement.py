@@ -1,0 +1,136 @@
+"""Where things are in a base model: its decoder layers, which of them an expert adapts, and what that costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import (
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+BEFORE_THE_LAYERS = -1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The decoder of one base model.
+
+    Attributes:
+        decoder_path: path of the module that runs the layers, from the base (`""` is the base itself).
+        layers_name: its attribute that holds the layers.
+        num_layers: L.
+    """
+
+    decoder_path: str
+    layers_name: str
+    num_layers: int
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Placement:
+        """Find the decoder layers of a transformers causal language model.
+
+        Raises:
+            ValueError: the base has no recognisable list of decoder layers.
+        """
+        config = base.config.get_text_config()
+        count = config.num_hidden_layers
+        decoder = base.get_decoder()
+        path = next(path for path, module in base.named_modules() if module is decoder)
+        for name, child in decoder.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                if getattr(config, "layerdrop", 0):
+                    raise ValueError(
+                        f"layerdrop={config.layerdrop} could skip the layer the router reads; set it to 0 in the config."
+                    )
+                return cls(path, name, count)
+        raise ValueError(
+            f"{type(base).__name__}: found no list of {count} decoder layers in {type(decoder).__name__}; "
+            "a decoder-only causal language model of transformers is needed."
+        )
+
+    def decoder(self, base: nn.Module) -> nn.Module:
+        """The module that runs the layers."""
+        return base.get_submodule(self.decoder_path)
+
+    def layers(self, base: nn.Module) -> nn.ModuleList:
+        """The decoder layers."""
+        return getattr(self.decoder(base), self.layers_name)
+
+    def layer_of(self, path: str) -> int:
+        """Index of the decoder layer that holds module `path`; -1 for what runs before the layers, L after."""
+        prefix = re.escape(f"{self.decoder_path}." if self.decoder_path else "")
+        match = re.match(rf"{prefix}{re.escape(self.layers_name)}\.(\d+)\.", path)
+        if match:
+            return int(match[1])
+        inside_decoder = path.startswith(f"{self.decoder_path}.") if self.decoder_path else True
+        return BEFORE_THE_LAYERS if inside_decoder and not path.endswith("project_out") else self.num_layers
+
+    def targets(self, base: nn.Module, config: LoraConfig, first_layer: int) -> list[str]:
+        """Full names of the modules that a *new* expert with `config` adapts.
+
+        Patterns and `"all-linear"` are restricted to decoder layers `first_layer` … L-1, unless the configuration
+        names `layers_to_transform`; modules outside the decoder layers are kept only when they are asked for by name.
+
+        Raises:
+            ValueError: nothing matches.
+        """
+        wanted, layers = config.target_modules, config.layers_to_transform
+        layers = [layers] if isinstance(layers, int) else layers
+        if wanted is None:
+            wanted = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
+            if wanted is None:
+                raise ValueError(
+                    f"target_modules is not set and PEFT has no default for model type {base.config.model_type!r}; "
+                    'try target_modules="all-linear".'
+                )
+        probe = LoraConfig(target_modules=wanted, exclude_modules=config.exclude_modules)
+        everywhere = isinstance(wanted, str) and wanted.lower() == "all-linear"
+        probe = _maybe_include_all_linear_layers(probe, base)
+        allowed = set(range(first_layer, self.num_layers)) if not layers else set(layers)
+        matches = []
+        for path in adaptable_modules(base):
+            found = check_target_module_exists(probe, path)
+            if not found or isinstance(found, _ExcludedModule):
+                continue
+            layer = self.layer_of(path)
+            if layer in allowed or (not everywhere and not layers and layer in (BEFORE_THE_LAYERS, self.num_layers)):
+                matches.append(path)
+        if not matches:
+            names = sorted({path.rpartition(".")[2] for path in adaptable_modules(base)})
+            shown = wanted if isinstance(wanted, str) else sorted(wanted)
+            raise ValueError(
+                f"target_modules={shown} matches no module in decoder layers {sorted(allowed)} of "
+                f"{type(base).__name__}; its modules are called {', '.join(names)}."
+            )
+        return matches
+
+
+def adaptable_modules(base: nn.Module) -> list[str]:
+    """Paths of the leaf modules (adapted or not) that LoRA could target."""
+    paths: list[str] = []
+    adapted: tuple[str, ...] = ()
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            paths.append(path)
+            adapted = (*adapted[-1:], f"{path}.")
+        elif not path.startswith(adapted or ("\0",)) and _is_leaf_with_weights(module):
+            paths.append(path)
+    return paths
+
+
+def _is_leaf_with_weights(module: nn.Module) -> bool:
+    weights = any(True for _ in module.parameters(recurse=False))
+    return weights and not any(module.children()) and "norm" not in type(module).__name__.lower()
+
+
+def lowest_layer(placement: Placement, paths: Iterable[str]) -> int:
+    """The lowest decoder layer among adapted module paths; L if there is none."""
+    return min((placement.layer_of(path) for path in paths), default=placement.num_layers)

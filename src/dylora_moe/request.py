@@ -1,0 +1,115 @@
+"""What one call of the mixture asks for, and what its latest pass decided.
+
+Shapes: B batch, S sequence, E experts, n router outputs (E, plus one with a base route).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = "base"
+
+
+@dataclass
+class Request:
+    """One `forward` (one pass) or one `generate` (a pass per token).
+
+    Attributes:
+        experts: an expert's name or `"base"` for all rows; one entry per row, None meaning routed; or None.
+        weights: caller-given `[B or 1, S or 1, E]`.
+        attention_mask: `[B, S]` as the caller gave it; a static cache hands the decoder a 4-D mask.
+        labels: `[B, S]`, which tell sequence granularity where the prompt ends.
+        prompt_length: in `generate`, the number of prompt positions.
+        held: router scores `[B, 1, n]` held for a whole sequence.
+    """
+
+    experts: str | Sequence[str | None] | None = None
+    weights: Tensor | None = None
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    prompt_length: int | None = None
+    packed_rows: bool = False
+    held: Tensor | None = None
+    decision: Decision | None = field(default=None, repr=False)
+
+
+@dataclass
+class Decision:
+    """How one pass is routed.
+
+    Attributes:
+        batch, length: B and S of the pass.
+        mask: `[B, S]` bool of the real tokens, or None if all are.
+        columns: per row the forced column, -1 for the base, None for a routed row; None if all rows are routed.
+        pending: the router has yet to read the hidden state.
+        logits: `[B, S, n]` router scores, −inf for experts that are not routed yet.
+        shares: `[B, S, n]` after the policy, the base route included.
+        weights: `[B, S, E]` what the layers multiply by.
+    """
+
+    batch: int
+    length: int
+    mask: Tensor | None = None
+    columns: list[int | None] | None = None
+    pending: bool = False
+    logits: Tensor | None = None
+    shares: Tensor | None = None
+    weights: Tensor | None = None
+
+    def routed_mask(self, device: torch.device) -> Tensor | None:
+        """`[B, S]` bool of the real tokens in routed rows, or None if all are: what losses and load count."""
+        mask = None if self.mask is None else self.mask.to(device)
+        if self.columns is None:
+            return mask
+        rows = torch.tensor([c is None for c in self.columns], device=device)[:, None].expand(-1, self.length)
+        return rows if mask is None else rows & mask
+
+
+def check_experts(experts: Any, names: Sequence[str], batch: int | None) -> str | list[str | None] | None:
+    """Validate the `experts=` argument of a call.
+
+    Raises:
+        ValueError: an unknown name, or not one entry per row.
+    """
+    if experts is None:
+        return None
+    known = (*names, BASE)
+    entries = [experts] if isinstance(experts, str) else list(experts)
+    for name in entries:
+        if name is not None and name not in known:
+            raise ValueError(f"unknown expert {name!r}; the experts are {', '.join(names)} (or {BASE!r} for none).")
+    if isinstance(experts, str):
+        return experts
+    if batch is not None and len(entries) != batch:
+        raise ValueError(f"experts has {len(entries)} entries for a batch of {batch} rows; give one name per row.")
+    return entries
+
+
+class CallLock:
+    """A re-entrant lock that may be copied and pickled with its model: a copy gets a lock of its own.
+
+    Routing is per model, so two threads must not be inside one model at the same time; they take turns.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self) -> None:
+        """Wait until no other thread is inside."""
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Let the next thread in."""
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict) -> CallLock:
+        return CallLock()
+
+    def __reduce__(self) -> tuple:
+        return CallLock, ()

@@ -1,0 +1,1 @@
+"""Training a mixture: recipes (YAML to dataclasses), data, generated skills, the trainer."""

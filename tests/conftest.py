@@ -1,0 +1,35 @@
+"""Offline, seeded and one thread per worker: what every test runs under."""
+
+import os
+
+# Read when huggingface_hub and tokenizers are imported, hence before anything else.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dylora")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of shared data and adapters, beside the repository or named by DYLORA_SHARED."""
+    folder = Path(os.environ.get("DYLORA_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (DYLORA_SHARED names another folder)")
+    return folder
