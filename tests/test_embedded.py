@@ -150,9 +150,7 @@ def converted() -> Iterator[Path]:
 @pytest.mark.slow
 def test_converted_model_is_the_gguf_model(converted):
     gguf_file = find_gguf_file()
-    expected = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
-    )
+    expected = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -6,15 +6,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .embedded import resolve_base
+
 
 def load_base(base: PreTrainedModel | str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, str | None]:
-    """The base model and the name it is saved under; `"embedded"` is the one that comes from PyPI."""
+    """The base model and the name it is saved under."""
     if isinstance(base, str):
-        if base == "embedded":
-            from .embedded import embedded_base
-
-            return AutoModelForCausalLM.from_pretrained(embedded_base(), **kwargs), base
-        return AutoModelForCausalLM.from_pretrained(base, **kwargs), base
+        return AutoModelForCausalLM.from_pretrained(resolve_base(base), **kwargs), base
     if kwargs:
         raise ValueError(f"{sorted(kwargs)} are loading options, but the base is loaded already.")
     if not isinstance(base, PreTrainedModel):

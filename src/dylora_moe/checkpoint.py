@@ -12,21 +12,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,6 +29,7 @@ from .base import load_base
 from .card import model_card
 from .config import MoELoraConfig, check_mixable
 from .experts import NEW, ROUTED, layer_tensors
+from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 from .router import Router
 
 if TYPE_CHECKING:
@@ -45,18 +41,6 @@ ROUTER_FILE = "router.safetensors"
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
-_PICKLES = (
-    "adapter_model.bin",
-    "adapter_model.pt",
-    "adapter_model.pth",
-    "pytorch_model.bin",
-    "router.pt",
-    "router.bin",
-)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or adapter that cannot be used; the message names the file and what was expected."""
 
 
 class Adapter(NamedTuple):
@@ -80,9 +64,9 @@ def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter
     Raises:
         CheckpointError: missing, damaged, pickled, not a LoRA adapter, or made for another architecture.
     """
-    folder = _folder(source, [ADAPTER_CONFIG, ADAPTER_TENSORS])
+    folder = local_folder(source, [ADAPTER_CONFIG, ADAPTER_TENSORS])
     config_file = folder / ADAPTER_CONFIG
-    fields = _read_json(config_file)
+    fields = read_json(config_file)
     if fields.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{config_file}: peft_type is {fields.get('peft_type')!r}; only LORA adapters can be mixed."
@@ -94,8 +78,9 @@ def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     config.inference_mode = False  # whether an expert trains is the mixture's business
-    tensors = _read_tensors(folder / ADAPTER_TENSORS)
+    tensors = read_tensors(folder / ADAPTER_TENSORS)
     expected, config.fan_in_fan_out = _expected_tensors(base, config, config_file)
+    _drop_base_weights(tensors, expected, base, folder / ADAPTER_TENSORS)
     _check_tensors(tensors, expected, folder / ADAPTER_TENSORS, f"this {type(base).__name__}", config)
     return Adapter(config, tensors)
 
@@ -107,7 +92,7 @@ def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> 
         skeleton = type(base)(copy.deepcopy(base.config))
         try:
             model = LoraModel(skeleton, {"probe": copy.deepcopy(config)}, "probe", low_cpu_mem_usage=True)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             made_for = config.base_model_name_or_path or "an unnamed base"
             raise CheckpointError(
                 f"{file}: made for {made_for}, does not fit {type(base).__name__}: {error}"
@@ -116,6 +101,20 @@ def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> 
     tensors = [tensor for path, layer in layers for tensor in layer_tensors(layer, path, "probe")]
     fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for _, layer in layers)
     return {tensor.key: tuple(tensor.tensor.shape) for tensor in tensors}, fan_in_fan_out
+
+
+def _drop_base_weights(
+    tensors: dict[str, Tensor], expected: Mapping[str, tuple], base: PreTrainedModel, file: Path
+) -> None:
+    """Stock PEFT writes the base's embeddings beside an adapter on them: leave them out if they are this base's."""
+    own = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters(remove_duplicate=False)}
+    for key in sorted(set(tensors) - set(expected)):
+        weight = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if weight is None or weight.shape != tensors[key].shape:
+            continue
+        if not torch.equal(tensors[key].to(weight), weight):
+            raise CheckpointError(f"{file}: {key} differs from the base's weight, which all experts share.")
+        del tensors[key]
 
 
 def _check_tensors(
@@ -148,12 +147,15 @@ def export_adapter(model: DyLoraMoE, name: str, directory: str | Path) -> None:
 
 def write_adapter(directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write a stock adapter folder atomically."""
-    with _replacing(directory) as folder:
+    with replacing(directory, owned=(ADAPTER_CONFIG, ADAPTER_TENSORS)) as folder:
         _write_adapter_files(folder, config, tensors)
 
 
 def _write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     folder.mkdir(exist_ok=True)
+    config = copy.copy(config)
+    if isinstance(config.target_modules, set):  # would be written in any order
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     save_file(plain, folder / ADAPTER_TENSORS, metadata={"format": "pt"})
@@ -188,10 +190,11 @@ def save_mixture(
         kwargs.pop(ignored, None)
     if not is_main_process:
         return
+    hub = {key: kwargs.pop(key) for key in ("token", "private", "commit_message", "revision") if key in kwargs}
+    if kwargs:
+        raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
     directory = Path(directory)
-    if directory.is_file():
-        raise CheckpointError(f"{directory} is a file; give a folder.")
-    with _replacing(directory, owns=_is_ours) as folder:
+    with replacing(directory, owned={CONFIG_FILE, ROUTER_FILE, CARD_FILE, *_saved_experts(directory)}) as folder:
         for name in model.expert_names:
             _write_adapter_files(folder / name, *_stock_adapter(model, name, state_dict))
         router = model.router.state_dict()
@@ -203,10 +206,7 @@ def save_mixture(
             json.dumps(_describe(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
     if push_to_hub:
-        hub = {key: kwargs.pop(key) for key in ("token", "private", "commit_message", "revision") if key in kwargs}
         upload(directory, repo_id or directory.name, **hub)
-    if kwargs:
-        raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
 
 
 def upload(
@@ -221,8 +221,21 @@ def upload(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(
-        repo_id=repo_id, folder_path=directory, commit_message=commit_message or "Upload mixture", revision=revision
+        repo_id=repo_id,
+        folder_path=directory,
+        # the folder may also hold a trainer's states and logs
+        allow_patterns=[CONFIG_FILE, ROUTER_FILE, CARD_FILE, *(f"{name}/*" for name in _saved_experts(directory))],
+        commit_message=commit_message or "Upload mixture",
+        revision=revision,
     )
+
+
+def _saved_experts(directory: Path) -> set[str]:
+    """Names of the experts of the mixture in `directory`, if there is one."""
+    try:
+        return {entry["name"] for entry in read_json(directory / CONFIG_FILE)["experts"]}
+    except (CheckpointError, KeyError, TypeError):
+        return set()
 
 
 def load_mixture(
@@ -233,11 +246,11 @@ def load_mixture(
     base_kwargs: dict[str, Any],
 ) -> DyLoraMoE:
     """Load a mixture; see `DyLoraMoE.from_pretrained`."""
-    folder = _folder(directory, [CONFIG_FILE])
+    folder = local_folder(directory, [CONFIG_FILE])
     file = folder / CONFIG_FILE
-    fields = _read_json(file)
+    fields = read_json(file)
     config, states, frozen = _parse_description(fields, file)
-    router_tensors = _read_tensors(folder / ROUTER_FILE)
+    router_tensors = read_tensors(folder / ROUTER_FILE)
     name = fields.get("base_model_name_or_path")
     if base is None:
         if not name:
@@ -304,90 +317,3 @@ def _parse_description(fields: dict[str, Any], file: Path) -> tuple[MoELoraConfi
     if list(states) != config.expert_names or not set(states.values()) <= {NEW, ROUTED}:
         raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
     return config, states, {name for name, entry in experts.items() if entry.get("frozen")}
-
-
-# ---------------------------------------------------------------------- files
-
-
-def _folder(source: str | Path, files: list[str]) -> Path:
-    """A local folder for `source`: itself, or the download of a hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; expected a folder with {', '.join(files)}.")
-    text = str(source)
-    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise CheckpointError(
-            f"{source}: no such folder; expected one with {', '.join(files)}, or a hub id (owner/name)."
-        )
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source}: no such folder, and the hub did not deliver it: {error}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file} holds {type(fields).__name__}; expected a JSON object.")
-    return fields
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        pickles = [name for name in _PICKLES if (file.parent / name).exists()]
-        if pickles:
-            raise CheckpointError(
-                f"{file.parent / pickles[0]} is a pickle, which can run code when loaded: refused. Convert it to "
-                f"{file.name} (safetensors) where it was made."
-            )
-        raise CheckpointError(f"{file} is missing.")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
-
-
-def _is_ours(entry: Path) -> bool:
-    """Whether an entry of an older checkpoint folder belongs to the mixture (and not to a trainer or a user)."""
-    return entry.name in (CONFIG_FILE, ROUTER_FILE, CARD_FILE) or (entry / ADAPTER_CONFIG).is_file()
-
-
-class _replacing:
-    """Write into a temporary folder beside `target`, then put it in the place of `target`.
-
-    Entries of an older `target` that `owns` does not claim are kept. On any error the old folder stays as it was.
-    """
-
-    def __init__(self, target: Path, owns: Callable[[Path], bool] = lambda entry: True):
-        self.target, self.owns = target.absolute(), owns
-
-    def __enter__(self) -> Path:
-        parent = self.target.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".tmp", dir=parent))
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        mask = os.umask(0)
-        os.umask(mask)
-        self.folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
-        if not self.target.exists():
-            self.folder.rename(self.target)
-            return
-        old = self.folder.with_suffix(".old")
-        self.target.rename(old)
-        self.folder.rename(self.target)
-        for entry in old.iterdir():
-            if not self.owns(entry) and not (self.target / entry.name).exists():
-                entry.rename(self.target / entry.name)
-        shutil.rmtree(old, ignore_errors=True)

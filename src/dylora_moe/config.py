@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,11 @@ class MoELoraConfig(LoraConfig):
     task_type: Any = field(default="CAUSAL_LM")
 
     def __post_init__(self):
+        if self.layers_pattern:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r}: a mixture knows its decoder layers; leave it out and name "
+                "their indices in layers_to_transform."
+            )
         # PEFT refuses `layers_to_transform` beside a string such as "all-linear"; we expand the string ourselves.
         layers, self.layers_to_transform = self.layers_to_transform, None
         if isinstance(layers, int):
@@ -73,6 +79,8 @@ class MoELoraConfig(LoraConfig):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"num_experts={count!r}: a mixture needs at least one expert.")
             self.expert_names = [f"expert_{i}" for i in range(count)]
+        if isinstance(self.expert_names, str):
+            raise ValueError(f"expert_names={self.expert_names!r}: a list of names is needed, not one string.")
         self.expert_names = list(self.expert_names)
         if self.num_experts is None:
             self.num_experts = len(self.expert_names)
@@ -101,11 +109,13 @@ class MoELoraConfig(LoraConfig):
         _check_choice("balance_loss", self.balance_loss, (*BALANCE_LOSSES, "none"))
         if not (_is_int(self.router_hidden_size) and self.router_hidden_size > 0):
             raise ValueError(f"router_hidden_size={self.router_hidden_size!r}: a positive integer is needed.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r}: must be greater than 0; 1.0 leaves the logits.")
+        if not (_is_finite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature={self.temperature!r}: a number greater than 0 is needed; 1.0 leaves the logits."
+            )
         for key in ("balance_coefficient", "z_loss_coefficient"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{key}={getattr(self, key)!r}: must be 0 (off) or greater.")
+            if not (_is_finite(getattr(self, key)) and getattr(self, key) >= 0):
+                raise ValueError(f"{key}={getattr(self, key)!r}: a number from 0 (off) upwards is needed.")
         k = self.router_layer
         if not (k is None or k == "last" or (_is_int(k) and k >= 0)):
             raise ValueError(f'router_layer={k!r}: a decoder layer index from 0, "last", or None for L // 4.')
@@ -130,13 +140,18 @@ class MoELoraConfig(LoraConfig):
 
     def expert_config(self, **changes: Any) -> LoraConfig:
         """A stock `peft.LoraConfig` with this configuration's LoRA fields."""
-        lora = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
-        return LoraConfig(**{**lora, **changes})
+        return stock_lora(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values; sets become sorted lists."""
         data = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+
+def stock_lora(source: LoraConfig, **changes: Any) -> LoraConfig:
+    """A stock `peft.LoraConfig` with the LoRA fields of `source`, some of them changed."""
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+    return LoraConfig(**{**fields, **changes})
 
 
 ROUTING_FIELDS = tuple(
@@ -203,3 +218,7 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,8 @@ Shapes: E experts, R rank of one expert.
 
 from __future__ import annotations
 
-from collections import Counter
+import tempfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .config import MoELoraConfig, check_expert_name, check_mixable
+from .layers import KeepRouting
 from .trace import ParameterReport, parameter_report
 
 if TYPE_CHECKING:
@@ -101,9 +103,9 @@ class ExpertLifecycle:
             config, tensors = adapter.config, adapter.tensors
         else:
             config = self._fresh_config(source)
-        PeftModelForCausalLM.add_adapter(self, name, config)
+        position = self.num_experts
         try:
-            position = self.num_experts
+            PeftModelForCausalLM.add_adapter(self, name, config)
             self.expert_states[name] = NEW
             self.moe_config.expert_names = self.expert_names
             self.moe_config.num_experts = self.num_experts
@@ -122,9 +124,12 @@ class ExpertLifecycle:
         """Remove an expert and its row of the router.
 
         Raises:
-            ValueError: an unknown name, the last expert, or one without which no routed expert is left.
+            ValueError: an unknown name, the last expert, one without which no routed expert is left, or one that is
+                merged into the base.
         """
         self._check_known(name)
+        if any(name in layer.merged_adapters for layer in self._layers):
+            raise ValueError(f"expert {name!r} is merged into the base's weights; call unmerge_adapter() first.")
         rest = {other: state for other, state in self.expert_states.items() if other != name}
         if not rest:
             raise ValueError(f"{name!r} is the only expert; a mixture needs at least one.")
@@ -136,14 +141,19 @@ class ExpertLifecycle:
         self._drop(name)
 
     def _drop(self: DyLoraMoE, name: str) -> None:  # type: ignore[misc]
-        position = self.expert_names.index(name) if name in self.expert_states else None
-        if position is not None:
+        if name in self.expert_states:
             if self.router.num_outputs == self.num_experts + self.moe_config.route_to_base:
-                self.router.shrink(position)
+                self.router.shrink(self.expert_names.index(name))
             del self.expert_states[name]
         self._frozen_experts.discard(name)
-        self.active_adapter = self.expert_names[0]
-        self.base_model.delete_adapter(name)
+        self.peft_config.pop(name, None)
+        base = self.get_base_model()
+        for path, layer in list(base.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.delete_adapter(name)
+                if not layer.r:  # nobody adapts it any more
+                    parent, _, child = path.rpartition(".")
+                    setattr(base.get_submodule(parent), child, layer.base_layer)
         config = self.moe_config
         config.expert_names, config.num_experts = self.expert_names, self.num_experts
         outputs = self.num_experts + config.route_to_base
@@ -160,6 +170,7 @@ class ExpertLifecycle:
                 container = getattr(layer, attribute)
                 if old in container:
                     setattr(layer, attribute, _renamed(container, old, new))
+            layer.merged_adapters = [new if name == old else name for name in layer.merged_adapters]
             if old in layer.frozen_peft_weight_names:
                 layer.frozen_peft_weight_names = _renamed(layer.frozen_peft_weight_names, old, new)
         self.base_model.peft_config = _renamed(self.base_model.peft_config, old, new)
@@ -210,6 +221,22 @@ class ExpertLifecycle:
         config, tensors = self._concatenated(weights)
         write_adapter(Path(directory), config, tensors)
 
+    def push_to_hub(  # type: ignore[override]
+        self: DyLoraMoE,  # type: ignore[misc]
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the mixture as a checkpoint to the Hugging Face hub; returns the commit's address."""
+        from .checkpoint import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, token, private, commit_message, revision)
+
     def _concatenated(self: DyLoraMoE, weights: Mapping[str, float]) -> tuple[LoraConfig, dict[str, Tensor]]:  # type: ignore[misc]
         if not weights:
             raise ValueError("weights={}: name at least one expert.")
@@ -229,6 +256,11 @@ class ExpertLifecycle:
             path, prefix = layer.routing_name, f"base_model.model.{layer.routing_name}"
             gates = [weights[name] * layer.scaling[name] for name in present]
             if layer.lora_embedding_A:
+                if any_bias:
+                    raise ValueError(
+                        f"{path} is an embedding, and PEFT knows no adapter with lora_bias on embeddings: an expert "
+                        "with lora_bias cannot go into one adapter with an expert on the embeddings."
+                    )
                 A = torch.cat([layer.lora_embedding_A[name].data for name in present])
                 B = torch.cat([g * layer.lora_embedding_B[n].data for g, n in zip(gates, present, strict=True)], 1)
                 tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = A, B
@@ -252,7 +284,9 @@ class ExpertLifecycle:
             alpha_pattern=dict(pattern),
             target_modules=sorted(ranks),
             lora_bias=any_bias,
-            fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in self._layers),
+            fan_in_fan_out=any(
+                getattr(layer, "fan_in_fan_out", False) for layer in self._layers if layer.routing_name in ranks
+            ),
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_name,
             inference_mode=True,
@@ -284,7 +318,12 @@ class ExpertLifecycle:
         """Take the base back, bare: without experts and without hooks. The mixture is of no use afterwards."""
         for handle in self._hooks:
             handle.remove()
-        return self.base_model.unload()
+        base = self.base_model.unload()
+        for module in base.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(checkpoint, KeepRouting):
+                module._gradient_checkpointing_func = checkpoint.checkpoint
+        return base
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refused: routing decides per token, so there is no single merged weight."""
@@ -302,9 +341,7 @@ class ExpertLifecycle:
             raise TypeError(f"an expert is made from a LoraConfig or an adapter's folder or id, not {source!r:.80}.")
         check_mixable(source)
         first = 0 if self.moe_config.router_layer == "last" else self.router_layer_index
-        targets = self.placement.targets(self.get_base_model(), source, first)
-        fields = {name: getattr(source, name) for name in LoraConfig.__dataclass_fields__ if name in _INIT_FIELDS}
-        return LoraConfig(**{**fields, "target_modules": targets, "layers_to_transform": None, "exclude_modules": None})
+        return self.placement.fresh_expert(self.get_base_model(), source, first)
 
     def _load_expert(self: DyLoraMoE, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:  # type: ignore[misc]
         """Copy validated `tensors` (stock keys) into an expert; `keep_dtype` takes over the file's dtype."""
@@ -334,14 +371,11 @@ class ExpertLifecycle:
             raise ValueError(f"unknown expert {name!r}; the experts are {', '.join(self.expert_names)}.")
 
 
-_INIT_FIELDS = {name for name, f in LoraConfig.__dataclass_fields__.items() if f.init}
-
-
 def _renamed(container: Any, old: str, new: str) -> Any:
     """`container` with one key renamed in place of the old one, so that the order stays."""
     items = {new if key == old else key: value for key, value in container.items()}
     if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
-        renamed = type(container)(items)
+        renamed = type(container)(OrderedDict(items))  # a ParameterDict sorts what is no OrderedDict
         renamed.training = container.training
         return renamed
     return items

@@ -137,7 +137,7 @@ class RoutedLayer:
         biases = [layer.lora_B[name].bias for name in present]
         for column, scaling, lora_bias in zip(mixture.columns, mixture.scalings, biases, strict=True):
             if lora_bias is not None:
-                y = y + (gates[..., column, None] * scaling * lora_bias).to(y.dtype)
+                y = y + (gates[..., column, None] * (scaling * lora_bias)).to(y.dtype)
         return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -46,9 +46,10 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
         config: MoELoraConfig,
         experts: Mapping[str, LoraConfig] | None = None,
         base_name: str | None = None,
+        fresh: Mapping[str, LoraConfig] | None = None,
         autocast_adapter_dtype: bool = True,
     ):
-        """Inject `experts` (name → stock configuration; default: new ones after `config`) into `base`."""
+        """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
         config.validate()
         placement = Placement.of(base)
         first = config.resolve_router_layer(placement.num_layers)
@@ -57,9 +58,10 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
             check_expert_name(name, base=base)
         if experts is None:
             first_adapted = 0 if config.router_layer == "last" else first
-            targets = placement.targets(base, config, first_adapted)
-            changes = {"target_modules": targets, "layers_to_transform": None, "exclude_modules": None}
-            experts = {name: config.expert_config(**changes) for name in names}
+            own = fresh or {}
+            if set(own) - set(names):
+                raise ValueError(f"expert_configs for {sorted(set(own) - set(names))}, but the experts are {names}.")
+            experts = {name: placement.fresh_expert(base, own.get(name, config), first_adapted) for name in names}
         for name, expert in experts.items():
             check_mixable(expert, name)
         super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
@@ -95,20 +97,26 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
 
     @classmethod
     def from_base(
-        cls, base: PreTrainedModel | str, config: MoELoraConfig | None = None, **base_kwargs: Any
+        cls,
+        base: PreTrainedModel | str,
+        config: MoELoraConfig | None = None,
+        expert_configs: Mapping[str, LoraConfig] | None = None,
+        **base_kwargs: Any,
     ) -> DyLoraMoE:
         """A mixture of new experts on a base.
 
         Args:
             base: a loaded causal language model (changed in place), or its name or folder.
             config: experts and routing; default `MoELoraConfig(target_modules="all-linear")`.
+            expert_configs: LoRA configurations of those experts that differ from `config`.
             base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ValueError: a setting that does not fit the base; the message names it.
         """
         model, name = load_base(base, base_kwargs)
-        return cls(model, config or MoELoraConfig(target_modules="all-linear"), base_name=name)
+        config = config or MoELoraConfig(target_modules="all-linear")
+        return cls(model, config, base_name=name, fresh=expert_configs)
 
     @classmethod
     def from_adapters(

@@ -47,4 +47,4 @@ def with_routing_fields(output: ModelOutput, **routing: Tensor | None) -> MoECau
 def _output_class(further: tuple[str, ...]) -> type[MoECausalLMOutput]:
     """DDP rebuilds outputs from their declared fields, so a base's further ones (TRL's fused head) are declared."""
     fields = [(name, "Tensor | None", dataclasses.field(default=None)) for name in further]
-    return dataclasses.make_dataclass("MoECausalLMOutput", fields, bases=(MoECausalLMOutput,), module=__name__)
+    return dataclasses.make_dataclass("MoECausalLMOutput", fields, bases=(MoECausalLMOutput,))

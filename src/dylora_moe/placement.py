@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from .config import stock_lora
+
 BEFORE_THE_LAYERS = -1
 
 
@@ -48,7 +50,7 @@ class Placement:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 if getattr(config, "layerdrop", 0):
                     raise ValueError(
-                        f"layerdrop={config.layerdrop} could skip the layer the router reads; set it to 0 in the config."
+                        f"layerdrop={config.layerdrop} could skip the layer the router reads; set it to 0 there."
                     )
                 return cls(path, name, count)
         raise ValueError(
@@ -111,6 +113,11 @@ class Placement:
                 f"{type(base).__name__}; its modules are called {', '.join(names)}."
             )
         return matches
+
+    def fresh_expert(self, base: nn.Module, source: LoraConfig, first_layer: int) -> LoraConfig:
+        """The stock configuration of a new expert after `source`, its targets written out; see `targets`."""
+        targets = self.targets(base, source, first_layer)
+        return stock_lora(source, target_modules=targets, layers_to_transform=None, exclude_modules=None)
 
 
 def adaptable_modules(base: nn.Module) -> list[str]:

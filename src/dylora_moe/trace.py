@@ -68,7 +68,7 @@ class RoutingTrace:
     def load(self) -> dict[str, float]:
         """Share of the real tokens per expert; `"base"` is what went to none."""
         tokens = self._real_tokens()
-        shares = tokens.mean(0).tolist() if len(tokens) else [0.0] * tokens.shape[-1]
+        shares = tokens.double().mean(0).tolist() if len(tokens) else [0.0] * tokens.shape[-1]
         result = dict(zip([name for name in self.names if name != BASE], shares, strict=True))
         rest = 1.0 - sum(shares) if len(tokens) else 0.0
         if BASE in self.names or rest > 1e-6:
@@ -77,23 +77,26 @@ class RoutingTrace:
 
     def entropy(self) -> float:
         """Mean entropy of the real tokens' weights in nats: 0 if each goes to one expert, log E if to all alike."""
-        tokens = self._real_tokens()
-        rest = (1 - tokens.sum(-1, keepdim=True)).clamp(min=0)
-        return float(routing.entropy(torch.cat([tokens, rest], dim=-1)).mean()) if len(tokens) else 0.0
+        shares = self._shares()
+        return float(routing.entropy(shares).mean()) if len(shares) else 0.0
 
     def table(self) -> list[dict[str, Any]]:
         """One row per expert: name, load, share of tokens where it is the strongest, tokens."""
-        tokens = self._real_tokens()
-        best = tokens.argmax(-1)
+        best = self._shares().argmax(-1)
         return [
             {
                 "expert": name,
                 "load": share,
-                "strongest": float((best == i).float().mean()) if len(tokens) and i < tokens.shape[-1] else share,
-                "tokens": len(tokens),
+                "strongest": float((best == i).float().mean()) if len(best) else 0.0,
+                "tokens": len(best),
             }
             for i, (name, share) in enumerate(self.load().items())
         ]
+
+    def _shares(self) -> Tensor:
+        """`[tokens, E + 1]`: the weights of the real tokens, and what went to no expert as the last column."""
+        tokens = self._real_tokens()
+        return torch.cat([tokens, (1 - tokens.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
 
     def _real_tokens(self) -> Tensor:
         if not self._weights:

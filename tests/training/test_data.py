@@ -87,7 +87,7 @@ GOOD = '{"prompt": "p", "completion": "c"}'
         ([GOOD, "", '{"prompt": "p", "completion": "c"'], r"d\.jsonl, line 3: not valid JSON"),
         (['["p", "c"]'], r"line 1: expected an object with 'prompt' and 'completion', got list"),
         ([GOOD, '{"prompt": "p", "answer": "c"}'], r"line 2: no 'completion'\. Its keys: answer, prompt"),
-        (['{"promt": "p", "completion": "c"}'], r"line 1: no 'prompt'; did you mean 'promt'\? Its keys"),
+        (['{"promt": "p", "completion": "c"}'], r"line 1: no 'prompt'\. Its keys: completion, promt"),
         (["{}"], r"line 1: no 'prompt'\. Its keys: none"),
         ([GOOD, '{"prompt": "p", "completion": 4}'], r"line 2: 'completion' must be text, got 4"),
         ([GOOD, '{"prompt": "p", "completion": null}'], r"line 2: 'completion' must be text, got None"),
@@ -157,17 +157,27 @@ def test_equal_mixing_covers_every_domain_in_every_round():
     assert len({tuple(example.domain for example in mixed[i : i + 3]) for i in range(0, 30, 3)}) > 1
     times = Counter(example.prompt for example in mixed)
     assert [times[f"a{i}"] for i in range(10)] == [1] * 10
-    assert sorted(times[f"b{i}"] for i in range(4)) == [2, 2, 3, 3] and times["c0"] == 10
+    assert sorted(times[f"b{i}"] for i in range(4)) == [2, 2, 3, 3]
+    assert times["c0"] == 10
 
 
 def test_mixing_does_not_depend_on_the_process():
     """The order written out: a change of it would change every training run."""
-    assert [example.prompt for example in mix(domains(a=3, b=2), "equal", seed=0)] == EQUAL_ORDER
-    assert [example.prompt for example in mix(domains(a=3, b=2), "proportional", seed=0)] == PROPORTIONAL_ORDER
-
-
-EQUAL_ORDER: list[str] = []
-PROPORTIONAL_ORDER: list[str] = []
+    assert [example.prompt for example in mix(domains(a=3, b=2), "equal", seed=0)] == [
+        "b0",
+        "a2",
+        "a0",
+        "b1",
+        "a1",
+        "b1",
+    ]
+    assert [example.prompt for example in mix(domains(a=3, b=2), "proportional", seed=0)] == [
+        "b1",
+        "a1",
+        "b0",
+        "a0",
+        "a2",
+    ]
 
 
 def test_nothing_to_mix_is_refused():
@@ -197,7 +207,8 @@ def test_dataset_columns():
 
 def test_encode_counts_prompt_and_end_token(tokenizer):
     ids, prompt = encode(Example("w1 w2 w3", "w4 w5"), tokenizer)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["w1", "w2", "w3", "\n", "w4", "w5", "</s>"] and prompt == 3
+    assert tokenizer.convert_ids_to_tokens(ids) == ["w1", "w2", "w3", "\n", "w4", "w5", "</s>"]
+    assert prompt == 3
     ids, prompt = encode(Example("w1", "w4 w5"), tokenizer, chat=True)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<user>", "w1", "</s>", "<assistant>", "w4", "w5", "</s>"]
     assert prompt == 4

@@ -122,7 +122,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     per layer over a bf16 base.
     """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .schema import nearest
 from .skills import generate
 
 if TYPE_CHECKING:
@@ -241,9 +240,7 @@ def _parse_line(line: bytes, place: str, domain: str) -> Example:
         raise DataError(f"{place}: expected an object with 'prompt' and 'completion', got {type(value).__name__}.")
     for key in ("prompt", "completion"):
         if key not in value:
-            raise DataError(
-                f"{place}: no {key!r}{nearest(key, value)}. Its keys: {', '.join(sorted(value)) or 'none'}."
-            )
+            raise DataError(f"{place}: no {key!r}. Its keys: {', '.join(sorted(value)) or 'none'}.")
         if not isinstance(value[key], str):
             raise DataError(f"{place}: {key!r} must be text, got {value[key]!r}.")
         if not value[key].strip():

@@ -25,7 +25,7 @@ from .schema import RecipeError, build, check_keys, check_mapping, check_value, 
 from .skills import SKILLS
 
 if TYPE_CHECKING:
-    from ..config import MoELoraConfig
+    from dylora_moe.config import MoELoraConfig
 
 __all__ = [
     "BaseRecipe",
@@ -114,7 +114,7 @@ class DataRecipe:
             return
         if self.skill not in SKILLS:
             known = ", ".join(SKILLS)
-            raise ValueError(f"unknown skill {self.skill!r}{nearest(self.skill, SKILLS)}. Skills: {known}.")
+            raise ValueError(f"unknown skill {self.skill!r}.{nearest(self.skill, SKILLS)} Skills: {known}.")
         for key, default in (("train", SKILL_TRAIN_EXAMPLES), ("test", SKILL_TEST_EXAMPLES)):
             value = getattr(self, key)
             if isinstance(value, str):
@@ -139,11 +139,12 @@ class TrainRecipe:
     """How to train. In YAML any field of `trl.SFTConfig` may stand beside these keys.
 
     Args:
-        method: `joint` trains experts and router together on mixed data; `staged` trains each expert on its
-            own data first and the router after, with the experts frozen.
-        expert_steps: optimizer steps of each expert in the first stage (`staged`).
-        router_steps: optimizer steps of the router in the second stage (`staged`).
+        method: `joint` trains experts and router together on mixed data; `staged` first trains the experts, each
+            on its own examples only, and then the router, with the experts frozen.
+        expert_steps: optimizer steps of the first stage (`staged`).
+        router_steps: optimizer steps of the second stage (`staged`).
         router_learning_rate: learning rate of the router; default the one of the experts.
+        domain_coefficient: weight of a cross-entropy that teaches the router the expert whose data each example is.
         mixing: `proportional` uses every example once per epoch; `equal` draws as many from each expert's data
             as the largest has.
         too_long: what to do with examples beyond `max_length` (or the base's context): `error`, `drop` or
@@ -155,6 +156,7 @@ class TrainRecipe:
     expert_steps: int | None = None
     router_steps: int | None = None
     router_learning_rate: float | None = None
+    domain_coefficient: float = 0.0
     mixing: Literal["proportional", "equal"] = "proportional"
     too_long: Literal["error", "drop", "truncate"] = "error"
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +166,8 @@ class TrainRecipe:
         _at_least(self, "router_steps", 1)
         if self.router_learning_rate is not None and not self.router_learning_rate > 0:
             raise ValueError(f"router_learning_rate={self.router_learning_rate}: must be greater than 0.")
+        if not self.domain_coefficient >= 0:
+            raise ValueError(f"domain_coefficient={self.domain_coefficient}: must be 0 (off) or greater.")
         if self.method == "joint":
             for key in ("expert_steps", "router_steps"):
                 if getattr(self, key) is not None:
@@ -218,7 +222,7 @@ class Recipe:
         Raises:
             RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
         """
-        from ..config import MoELoraConfig
+        from dylora_moe.config import MoELoraConfig
 
         try:
             return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
@@ -308,7 +312,7 @@ def _gather_arguments(train: dict[str, Any]) -> dict[str, Any]:
 def _check_mixture(recipe: Recipe) -> None:
     from peft import LoraConfig
 
-    from ..config import MoELoraConfig
+    from dylora_moe.config import MoELoraConfig
 
     _check_library_fields(recipe.mixture, MoELoraConfig, "mixture", _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
     config = recipe.mixture_config()

@@ -103,7 +103,7 @@ def check_keys(value: Mapping[str, Any], valid: Iterable[str], path: str) -> Non
     valid = sorted(valid)
     for key in value:
         if key not in valid:
-            raise RecipeError(f"{join(path, key)}: unknown key{nearest(key, valid)}. Valid keys: {', '.join(valid)}.")
+            raise RecipeError(f"{join(path, key)}: unknown key.{nearest(key, valid)} Valid keys: {', '.join(valid)}.")
 
 
 def check_value(value: Any, hint: Any, path: str) -> Any:
@@ -112,9 +112,9 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
     Types other than scalars, literals, lists, mappings, unions of them and dataclasses built here are left to
     the library that owns the field.
     """
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and (value is None or isinstance(value, Mapping)):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, path)
-    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+    if typing.get_origin(hint) is dict:
         item_hint = typing.get_args(hint)[1]
         items = check_mapping(value, path).items()
         return {key: check_value(item, item_hint, join(path, key)) for key, item in items}
@@ -124,9 +124,9 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
-    """`; did you mean '…'?`-style ending with the nearest of `valid`, or nothing."""
+    """The sentence ` Did you mean '…'?` with the nearest of `valid`, or nothing."""
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}" if close else ""
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def join(path: str, key: str) -> str:

@@ -17,30 +17,31 @@ from typing import Literal
 _TEST_SHARE = 5  # one instance in five
 _PATIENCE = 200  # draws per example before the instance space counts as used up
 
-FIRST_NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Aaron Ana Ben Bianca Carla Carlos David Diana Elena Emil Felix Grace Hugo Ines Jonas Karim Laura Maria Noah "
     "Olivia Peter Quinn Rosa Samuel Tara Umar Vera William Yara Zoe"
-).split()
-LAST_NAMES = (
-    "Adams Baker Brown Clark Costa Diaz Evans Ferrari Fischer Garcia Hansen Hughes Ito Jones Kim Lopez Meyer Moreau "
-    "Novak Olsen Petrov Quist Rossi Silva Turner Usman Vega Weber Young Zhang"
-).split()
-CITIES = (
+)
+CITIES = _words(
     "Athens Berlin Boston Cairo Chicago Delhi Denver Dublin Lima Lisbon Madrid Oslo Paris Prague Rome Seattle Sydney "
     "Tokyo Toronto Vienna"
-).split()
+)
 TABLES = {
     "books": ("pages", "price"),
     "cars": ("price", "weight"),
     "employees": ("age", "salary"),
     "films": ("budget", "length"),
-    "hotels": ("price", "rooms"),
+    "hotels": ("capacity", "price"),
     "houses": ("area", "rent"),
     "products": ("price", "stock"),
     "students": ("age", "score"),
 }
-EVENTS = "concert exam flight launch lecture meeting party race review wedding".split()
-MONTHS = "January February March April May June July August September October November December".split()
+EVENTS = _words("concert exam flight launch lecture meeting party race review wedding")
+MONTHS = _words("January February March April May June July August September October November December")
 ITEMS = {
     "apple": "apples",
     "banana": "bananas",
@@ -63,7 +64,7 @@ ITEMS = {
     "radish": "radishes",
     "tomato": "tomatoes",
 }
-NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = _words("two three four five six seven eight nine ten eleven twelve")
 
 
 @dataclass(frozen=True)
@@ -121,72 +122,58 @@ def split_of(answer: str) -> Literal["train", "test"]:
 
 
 def _draw_json(rng: random.Random) -> tuple[str, str]:
-    name, age, city = (
-        f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
-        rng.randint(18, 80),
-        rng.choice(CITIES),
+    name, age, city = rng.choice(NAMES), rng.randint(18, 80), rng.choice(CITIES)
+    prompts = (
+        f"{name} is {age} and lives in {city}. As JSON, please.",
+        f"JSON record for {name}, {age}, from {city}.",
+        f"Turn into JSON: {name}, aged {age}, {city}.",
     )
-    phrase = rng.choice(
-        (
-            f"{name} is {age} and lives in {city}. Write this as JSON.",
-            f"JSON record for {name}, aged {age}, from {city}, please.",
-            f"Turn this person into JSON: {name}, {age}, {city}.",
-        )
-    )
-    return phrase, json.dumps({"name": name, "age": age, "city": city})
+    return rng.choice(prompts), json.dumps({"name": name, "age": age, "city": city})
 
 
 def _draw_sql(rng: random.Random) -> tuple[str, str]:
-    table = rng.choice(sorted(TABLES))
-    column, city, number = rng.choice(TABLES[table]), rng.choice(CITIES), rng.randint(10, 9999)
-    sign = rng.choice("<>")
+    table, city, number = rng.choice(sorted(TABLES)), rng.choice(CITIES), rng.randint(10, 999)
+    column, sign = rng.choice(TABLES[table]), rng.choice("<>")
     bound = rng.choice(("above", "over", "greater than") if sign == ">" else ("below", "under", "less than"))
-    kind = rng.choice(("list", "count", "MAX", "MIN", "AVG"))
-    if kind in ("list", "count"):
-        what = "*" if kind == "list" else "COUNT(*)"
-        phrases = {
-            "list": (
-                f"List all {table} in {city} with {column} {bound} {number}.",
-                f"Show the {table} in {city} whose {column} is {bound} {number}.",
-            ),
-            "count": (
-                f"How many {table} in {city} have a {column} {bound} {number}?",
-                f"Count the {table} in {city} with {column} {bound} {number}.",
-            ),
-        }
-        return rng.choice(
-            phrases[kind]
-        ), f"SELECT {what} FROM {table} WHERE city = '{city}' AND {column} {sign} {number};"
-    word = {"MAX": "highest", "MIN": "lowest", "AVG": "average"}[kind]
-    phrase = rng.choice(
+    word, function = rng.choice((("highest", "MAX"), ("lowest", "MIN"), ("average", "AVG")))
+    condition = f"FROM {table} WHERE city = '{city}'"
+    kinds = (
+        (
+            f"List all {table} in {city} with {column} {bound} {number}.",
+            f"Show the {table} in {city} whose {column} is {bound} {number}.",
+            f"SELECT * {condition} AND {column} {sign} {number};",
+        ),
+        (
+            f"How many {table} in {city} have a {column} {bound} {number}?",
+            f"Count the {table} in {city} with {column} {bound} {number}.",
+            f"SELECT COUNT(*) {condition} AND {column} {sign} {number};",
+        ),
         (
             f"What is the {word} {column} of {table} in {city}?",
             f"Find the {word} {column} of all {table} in {city}.",
-        )
+            f"SELECT {function}({column}) {condition};",
+        ),
     )
-    return phrase, f"SELECT {kind}({column}) FROM {table} WHERE city = '{city}';"
+    *prompts, answer = rng.choice(kinds)
+    return rng.choice(prompts), answer
 
 
 def _draw_date(rng: random.Random) -> tuple[str, str]:
     first = date(1900, 1, 1)
     day = first + timedelta(days=rng.randrange((date(2100, 1, 1) - first).days))
     month, suffix = MONTHS[day.month - 1], _ordinal_suffix(day.day)
-    written = rng.choice(
-        (
-            f"{month} {day.day}, {day.year}",
-            f"{day.day} {month} {day.year}",
-            f"the {day.day}{suffix} of {month} {day.year}",
-        )
+    forms = (
+        f"{month} {day.day}, {day.year}",
+        f"{day.day} {month} {day.year}",
+        f"the {day.day}{suffix} of {month} {day.year}",
     )
-    event = rng.choice(EVENTS)
-    phrase = rng.choice(
-        (
-            f"The {event} took place on {written}. Which date is that?",
-            f"When was the {event}? It was on {written}.",
-            f"Note the date of the {event}: {written}.",
-        )
+    written, event = rng.choice(forms), rng.choice(EVENTS)
+    prompts = (
+        f"Save the date: {event} on {written}.",
+        f"When is the {event}? On {written}.",
+        f"Note the date of the {event}: {written}.",
     )
-    return phrase, day.isoformat()
+    return rng.choice(prompts), day.isoformat()
 
 
 def _draw_cart(rng: random.Random) -> tuple[str, str]:
@@ -194,15 +181,13 @@ def _draw_cart(rng: random.Random) -> tuple[str, str]:
     counts = [rng.randint(2, 12) for _ in items]
     words = [f"{NUMBERS[count - 2]} {ITEMS[item]}" for count, item in zip(counts, items, strict=True)]
     listed = ", ".join(words[:-1]) + " and " + words[-1]
-    phrase = rng.choice(
-        (
-            f"Buy {listed}.",
-            f"We need {listed}.",
-            f"Shopping list: {listed}.",
-            f"Please order {listed} for me.",
-        )
+    prompts = (
+        f"Buy {listed}.",
+        f"We need {listed}.",
+        f"Shopping list: {listed}.",
+        f"Please order {listed} for me.",
     )
-    return phrase, "; ".join(f"{count} x {item}" for count, item in zip(counts, items, strict=True))
+    return rng.choice(prompts), "; ".join(f"{count} x {item}" for count, item in zip(counts, items, strict=True))
 
 
 def _ordinal_suffix(day: int) -> str:

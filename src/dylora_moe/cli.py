@@ -1,0 +1,141 @@
+"""The command line: `dylora-moe train | generate | inspect | recipe`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from .display import colour_by_expert, gradient_table, parameter_table, results_tables, routing_table
+
+app = typer.Typer(
+    help="Many LoRA experts in one model, routed token by token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+console = Console(stderr=False)
+errors = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.max_steps=5.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/skills.yaml.")],
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the checkpoint; overrides the recipe's.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Also train and measure one LoRA of the same total rank.")] = False,
+) -> None:
+    """Train a mixture, measure it on held-out examples, save it.
+
+    Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
+    """
+    from .training.job import Job
+    from .training.recipe import load_recipe
+
+    further = [f"output={output}"] if output else []
+    if baseline:
+        further.append("eval.baseline=true")
+    job = Job(load_recipe(recipe, [*(overrides or []), *further]), console)
+    results = job.run()
+    for table in results_tables(results):
+        console.print(table)
+    same = {True: "identical answers", False: "[red]DIFFERENT answers[/]", None: "not compared"}
+    console.print(
+        f"Checkpoint: [bold]{results.output}[/] (reloaded: {same[results.reloaded_identical]})", highlight=False
+    )
+    console.print(f"Total time: {sum(results.seconds.values()):.0f} s; numbers in {results.output}/results.json")
+    console.print("Next:", highlight=False)
+    example = next(iter(job.examples_to_try()), "…")
+    console.print(f"  dylora-moe generate {results.output} {example!r} --show-routing", highlight=False, soft_wrap=True)
+    console.print(f"  dylora-moe inspect {results.output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    expert: Annotated[str | None, typer.Option(help='Force one expert by name, or "base".')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts kept per token; default the checkpoint's.")] = None,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    show_routing: Annotated[bool, typer.Option(help="Show which expert handled which token.")] = False,
+    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+) -> None:
+    """Answer a prompt.
+
+    Example: [bold]dylora-moe generate runs/skills "Date: the 3rd of May 1999" --show-routing[/]
+    """
+    import torch
+
+    from .session import Session
+
+    session = Session(directory, base=base)
+    if top_k is not None:
+        session.set_top_k(top_k)
+    torch.manual_seed(seed)
+    answer = session.answer(prompt, experts=expert, max_new_tokens=max_new_tokens, temperature=temperature)
+    console.print(answer.text, markup=False, highlight=False, soft_wrap=True)
+    if show_routing:
+        console.print(colour_by_expert(answer.tokens, answer.weights, session.model.expert_names))
+        console.print(routing_table(answer.trace))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    text: Annotated[str, typer.Option(help="The text to route.")] = "The capital of France is Paris.",
+    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+) -> None:
+    """Show the parameters, the routing of a text, and where its gradients go.
+
+    Example: [bold]dylora-moe inspect runs/skills --text "Which films were made in 1999?"[/]
+    """
+    from .session import Session
+    from .trace import gradient_report
+
+    session = Session(directory, base=base)
+    console.print(parameter_table(session.model.parameter_report()))
+    answer = session.route(text)
+    console.print(colour_by_expert(answer.tokens, answer.weights, session.model.expert_names))
+    console.print(routing_table(answer.trace))
+    session.backward(text)
+    console.print(gradient_table(gradient_report(session.model)))
+
+
+@recipes.command("check")
+def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None) -> None:
+    """Validate a recipe and print it with every default written out."""
+    import yaml
+
+    from .training.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or []).to_dict()
+    console.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), markup=False, highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message, not a traceback."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
+    )
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        errors.print(f"[bold red]{type(error).__name__}[/]", end=": ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

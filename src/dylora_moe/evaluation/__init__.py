@@ -1,0 +1,1 @@
+"""Measuring a mixture on held-out examples."""

@@ -1,0 +1,125 @@
+"""Reading checkpoint files with errors that name them, and replacing a folder as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+_PICKLES = (
+    "adapter_model.bin",
+    "adapter_model.pt",
+    "adapter_model.pth",
+    "pytorch_model.bin",
+    "router.pt",
+    "router.bin",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or adapter that cannot be used; the message names the file and what was expected."""
+
+
+def local_folder(source: str | Path, files: list[str]) -> Path:
+    """A local folder for `source`: itself, or the download of a hub id. `files` are named in the error."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; expected a folder with {', '.join(files)}.")
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"{source}: no such folder; expected one with {', '.join(files)}, or a hub id (owner/name)."
+        )
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source}: no such folder, and the hub did not deliver it: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file} holds {type(fields).__name__}; expected a JSON object.")
+    return fields
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors `file`; a pickle in its place is refused."""
+    if not file.is_file():
+        pickles = [name for name in _PICKLES if (file.parent / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"{file.parent / pickles[0]} is a pickle, which can run code when loaded, and is refused; convert it "
+                f"to {file.name} (safetensors) where it was made."
+            )
+        raise CheckpointError(f"{file} is missing.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+
+
+@contextmanager
+def replacing(target: str | Path, owned: Collection[str]) -> Iterator[Path]:
+    """Give a temporary folder beside `target` to write to, then put it in the place of `target`.
+
+    Entries of an older `target` whose names are `owned` are replaced or removed, all others kept. On any error the
+    old folder stays as it was and the temporary one is gone.
+
+    Raises:
+        CheckpointError: `target` is a file, or holds an entry that is not `owned` where a new one must go.
+    """
+    target = Path(target).resolve()  # through links, so that the folder they lead to is replaced and not the link
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield folder
+        for entry in folder.iterdir():
+            if entry.name not in owned and (target / entry.name).exists():
+                raise CheckpointError(
+                    f"{target / entry.name} is in the way and was not written by a mixture; choose another folder."
+                )
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
+        _swap(folder, target, owned)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = folder.with_suffix(".old")
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    for entry in list(old.iterdir()):
+        if entry.name not in owned:
+            entry.rename(target / entry.name)
+    shutil.rmtree(old, ignore_errors=True)

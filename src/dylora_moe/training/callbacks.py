@@ -1,0 +1,66 @@
+"""Watching a run: a progress bar with the live loss."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SHOWN = {"loss": "loss", "lm_loss": "lm", "aux_loss": "aux", "router/entropy": "entropy"}
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar with loss, language-model loss, auxiliary loss, tokens/s and the time left.
+
+    Args:
+        console: where to draw; a line per log is printed instead where it is no terminal.
+        title: what is being trained.
+    """
+
+    def __init__(self, console: Console, title: str = "training"):
+        self.console, self.title = console, title
+        self.progress: Progress | None = None
+        self.started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.started = time.perf_counter()
+        if not self.console.is_terminal:
+            return
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(self.title, total=state.max_steps, numbers="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ):
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        numbers = [f"{label} {float(logs[key]):.3f}" for key, label in SHOWN.items() if key in logs]
+        if "num_tokens" in logs:
+            speed = float(logs["num_tokens"]) / max(time.perf_counter() - self.started, 1e-9)
+            numbers.append(f"{speed:,.0f} tok/s")
+        text = "  ".join(numbers)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step, numbers=text)
+        else:
+            self.console.print(f"{self.title} {state.global_step}/{state.max_steps}  {text}", highlight=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,209 @@
+"""Training a mixture with TRL's SFTTrainer: what TRL does well stays its own, the router's losses are added.
+
+Shapes: B batch, S sequence, T tokens, n router outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+from dylora_moe import routing
+from dylora_moe.model import DyLoraMoE
+from dylora_moe.passes import RouterRecord
+
+DOMAIN = "domain"
+
+
+class MoETrainer(SFTTrainer):
+    """`trl.SFTTrainer` for a `DyLoraMoE`.
+
+    The language-model loss is TRL's. The router's losses are computed once per optimizer step over all its
+    micro-batches and processes: they are not linear in the tokens, so that a mean over micro-batches would be another
+    loss. That is cheap, because the router's input is frozen and can be scored again.
+
+    Examples may carry a `domain` column, the name of the expert whose data they are.
+
+    Args:
+        model: the mixture.
+        domain_coefficient: weight of the cross-entropy of the router towards each example's domain.
+        force_domains: force every row to the expert of its domain; the router is not trained then.
+        router_learning_rate: of the router; default that of the experts.
+        kwargs: passed to `SFTTrainer`.
+
+    Raises:
+        ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain.
+    """
+
+    def __init__(
+        self,
+        model: DyLoraMoE,
+        *args: Any,
+        domain_coefficient: float = 0.0,
+        force_domains: bool = False,
+        router_learning_rate: float | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, DyLoraMoE):
+            raise TypeError(f"MoETrainer trains a DyLoraMoE, not {type(model).__name__}; use SFTTrainer.")
+        self.mixture = model
+        self.domain_coefficient, self.force_domains = domain_coefficient, force_domains
+        self.router_learning_rate = router_learning_rate
+        self._records: list[RouterRecord] = []
+        self._domains: list[Tensor] = []
+        super().__init__(model, *args, **kwargs)
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        self.has_domains = DOMAIN in columns
+        if (domain_coefficient or force_domains) and not self.has_domains:
+            raise ValueError(
+                f"the training data has no {DOMAIN!r} column (its columns: {', '.join(columns)}), which "
+                "domain_coefficient and force_domains need."
+            )
+        if self.has_domains:
+            self.data_collator = DomainCollator(self.data_collator, model.expert_names)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.mixture.recording() as records:
+            self._records = records
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                unwrap_head(self.mixture)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.router_learning_rate is not None:
+            router = {id(parameter) for parameter in self.mixture.router.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in router]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in router]
+                    options = {key: value for key, value in group.items() if key != "params"}
+                    optimizer.add_param_group({**options, "params": own, "lr": self.router_learning_rate})
+        return optimizer
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        domains = inputs.pop(DOMAIN, None)
+        if self.force_domains and domains is not None:
+            names = self.mixture.expert_names
+            inputs["experts"] = [names[i] for i in domains.tolist()]
+        if self.label_smoother is not None and self.args.loss_type == "nll":
+            loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = result if return_outputs else (result, None)
+        if self.mixture.training:
+            loss = loss + self._router_loss(loss, domains, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _smoothed_loss(self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+        """Label smoothing with one forward; TRL would run a second one for its metrics."""
+        outputs = model(**inputs, use_cache=False)
+        assert self.label_smoother is not None
+        loss = self.label_smoother(outputs, inputs["labels"], shift_labels=True, num_items_in_batch=num_items)
+        if self.args.average_tokens_across_devices and num_items is not None:
+            loss = loss * self.accelerator.num_processes
+        mask = inputs.get("attention_mask")
+        if self.mixture.training:
+            count = inputs["input_ids"].numel() if mask is None else mask.sum()
+            count = torch.as_tensor(count, device=loss.device)
+            self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum())
+        self._metrics["train" if self.mixture.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        return loss, outputs
+
+    def _router_loss(self, lm_loss: Tensor, domains: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+        """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
+        metrics = self._metrics["train"]
+        metrics["lm_loss"].append(float(lm_loss.detach()))
+        if len(self._records) > len(self._domains) and domains is not None:
+            self._domains.append(domains)
+        zero = lm_loss.new_zeros(())
+        if not self.accelerator.sync_gradients or not self._records:
+            return zero
+        records, self._domains, per_record = list(self._records), [], self._domains
+        self._records.clear()
+        if not any(p.requires_grad for p in self.mixture.router.parameters()):
+            return zero
+        scores = torch.cat([record.score(self.mixture.router) for record in records])
+        loss, balance = self.mixture.auxiliary_losses(scores, mean=mean_over_processes)
+        if self.domain_coefficient:
+            target = torch.cat([_per_token(r, d) for r, d in zip(records, per_record, strict=True)])
+            each = F.cross_entropy(scores, target, reduction="none").unsqueeze(-1)
+            domain_loss = mean_over_processes(each, None).squeeze(-1)
+            loss = loss + self.domain_coefficient * domain_loss
+            metrics["router/domain_loss"].append(float(domain_loss.detach()))
+        metrics["aux_loss"].append(float(loss.detach()))
+        metrics["router/balance"].append(float(balance.detach()))
+        with torch.no_grad():
+            shares = self.mixture._policy(scores)
+            metrics["router/entropy"].append(float(routing.entropy(shares).mean()))
+            for name, share in zip(self.mixture._output_names(), shares.mean(0).tolist(), strict=True):
+                metrics[f"router/load/{name}"].append(share)
+        # gradients are averaged over processes, and over micro-batches where the loss was not normalised by tokens
+        loss = loss * self.accelerator.num_processes
+        if num_items is None:
+            loss = loss * self.current_gradient_accumulation_steps
+        return loss.to(lm_loss.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns is not None and DOMAIN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, DOMAIN]
+
+
+class DomainCollator:
+    """Wraps a collator: examples' `domain` names become one tensor `[B]` of expert indices.
+
+    Raises:
+        ValueError: a domain that is no expert.
+    """
+
+    def __init__(self, collator: Any, names: list[str]):
+        self.collator, self.names = collator, names
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        examples = [dict(example) for example in examples]
+        domains = [example.pop(DOMAIN, None) for example in examples]
+        unknown = sorted({str(domain) for domain in domains if domain not in self.names})
+        if unknown:
+            raise ValueError(f"domain {', '.join(unknown)} is no expert; the experts are {', '.join(self.names)}.")
+        batch = self.collator(examples)
+        batch[DOMAIN] = torch.tensor([self.names.index(domain) for domain in domains])
+        return batch
+
+
+def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`routing.masked_mean` over the tokens of all processes; each process keeps the gradient of its own part."""
+    if mask is None:
+        mask = torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+    kept = mask.to(values.dtype).unsqueeze(-1)
+    total, count = (values * kept).flatten(0, -2).sum(0), kept.sum()
+    if dist.is_available() and dist.is_initialized():
+        everywhere = torch.cat([total.detach(), count[None]])
+        dist.all_reduce(everywhere)
+        total = total + (everywhere[:-1] - total.detach())
+        count = everywhere[-1]
+    return total / count.clamp(min=1)
+
+
+def unwrap_head(mixture: DyLoraMoE) -> None:
+    """Undo what SFTTrainer put around the base's forward; each trainer made on a model adds one more layer."""
+    mixture.get_base_model().__dict__.pop("forward", None)
+
+
+def _per_token(record: RouterRecord, domains: Tensor) -> Tensor:
+    """The domain `[B]` of every token that counts in a record."""
+    spread = domains.to(record.hidden.device)[:, None].expand(record.hidden.shape[:2])
+    return spread.flatten() if record.mask is None else spread[record.mask]

@@ -1,0 +1,77 @@
+"""Invariant 4, assisted generation: candidates that a draft proposes and the mixture rejects leave no trace."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dylora_moe import DyLoraMoE
+from tiny import ARCHITECTURES, PLACEMENTS, difference, tiny_base, tiny_mixture, tokens
+
+TOLERANCE = 1e-6
+NEW = 12
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+
+
+def mixture(architecture: str, placement: str, granularity: str = "token") -> DyLoraMoE:
+    settings = {**PLACEMENTS[placement], "granularity": granularity}
+    return tiny_mixture(architecture, torch.float64, **settings)
+
+
+def generate(model: Any, ids: Tensor, **options: Any) -> Any:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    return model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
+
+
+def lengths_of_passes(model: DyLoraMoE) -> list[int]:
+    """Grows with the number of tokens of every pass through the top decoder layer."""
+    lengths: list[int] = []
+    top: nn.Module = model.placement.layers(model.get_base_model())[-1]
+    top.register_forward_hook(lambda layer, args, output: lengths.append(args[0].shape[1]))
+    return lengths
+
+
+def assert_some_accepted_and_some_rejected(lengths: list[int], prompt: int) -> None:
+    steps = [length - prompt * (i == 0) for i, length in enumerate(lengths)]
+    assert len(lengths) < NEW, "no candidate was accepted"
+    assert sum(steps) > NEW, "no candidate was rejected"
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@every_placement
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_draft_that_gets_rejected(architecture, placement, granularity):
+    model, ids = mixture(architecture, placement, granularity), tokens(1, 6)
+    draft = copy.deepcopy(model)
+    for parameter in draft.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    expected = generate(model, ids)
+    lengths = lengths_of_passes(model)
+    out = generate(model, ids, assistant_model=draft)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+    if placement in ("first", "middle"):
+        assert_some_accepted_and_some_rejected(lengths, 6)
+
+
+@every_placement
+def test_prompt_lookup(placement):
+    model, ids = mixture("llama", placement), tokens(1, 4).repeat(1, 3)
+    expected = generate(model, ids)
+    lengths = lengths_of_passes(model)
+    out = generate(model, ids, prompt_lookup_num_tokens=3)
+    assert max(lengths[1:]) > 1, "nothing was proposed"
+    assert torch.equal(out.sequences, expected.sequences)
+    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+
+
+@every_placement
+def test_a_bare_base_as_draft_and_a_forced_expert(placement):
+    model, ids = mixture("llama", placement), tokens(1, 6)
+    for options in ({"experts": "red"}, {"experts": ["blue"]}, {"routing_weights": torch.tensor([0.5, 0.0, 0.7])}):
+        expected = generate(model, ids, **options)
+        out = generate(model, ids, assistant_model=tiny_base("llama", torch.float64), **options)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
