@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tiny import tiny_base
+from tiny import mixed_experts, tiny_base
 
 
 def stir(model: nn.Module, seed: int = 0) -> None:
@@ -21,6 +22,23 @@ def stir(model: nn.Module, seed: int = 0) -> None:
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2
             parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
+
+
+def stock_model(architecture: str = "llama", dtype: torch.dtype = torch.float64, **experts: LoraConfig) -> PeftModel:
+    """Adapters (three very different ones) on one tiny base, all active, made with nothing but PEFT."""
+    configs = experts or mixed_experts(architecture)
+    first, *others = configs
+    model = get_peft_model(tiny_base(architecture, dtype), configs[first], adapter_name=first)
+    for name in others:
+        model.add_adapter(name, configs[name])
+    model.base_model.set_adapter(list(configs))
+    stir(model)
+    return model.eval()
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """Every LoRA layer of a model, routed or not."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def save_stock_adapter(

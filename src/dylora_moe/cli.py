@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -131,6 +133,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
+    _quiet_libraries()
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -139,3 +142,15 @@ def main() -> None:
         errors.print(f"[bold red]{type(error).__name__}[/]", end=": ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and deprecation notes would drown ours; nothing here is for the user to act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -38,7 +38,7 @@ def layer_tensors(layer: LoraLayer, path: str, expert: str) -> list[ExpertTensor
     """The tensors of `expert` in one LoRA layer at `path` of the base."""
     found = []
     prefix = f"base_model.model.{path}"
-    for attribute in layer.adapter_layer_names:
+    for attribute in dict.fromkeys(layer.adapter_layer_names):  # DoRA names its magnitudes once more
         container = getattr(layer, attribute)
         if expert not in container:
             continue
@@ -146,6 +146,7 @@ class ExpertLifecycle:
                 self.router.shrink(self.expert_names.index(name))
             del self.expert_states[name]
         self._frozen_experts.discard(name)
+        self.active_adapter = self.expert_names[0]
         self.peft_config.pop(name, None)
         base = self.get_base_model()
         for path, layer in list(base.named_modules()):

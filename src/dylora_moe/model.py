@@ -282,7 +282,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
         request = self._make_request(experts, routing_weights, batch, length, kwargs)
         request.attention_mask, request.labels = attention_mask, labels
-        request.packed_rows = self.moe_config.granularity == "sequence" and _has_packed_rows(kwargs)
+        request.packed_rows = self.moe_config.granularity == "sequence" and _has_packed_rows(attention_mask, kwargs)
         with self._call(request):
             output = super().forward(
                 input_ids=input_ids,
@@ -421,8 +421,13 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
             self.routing.reset()
 
 
-def _has_packed_rows(kwargs: dict[str, Any]) -> bool:
+def _has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
     if any(kwargs.get(key) is not None for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens")):
         return True
     positions = kwargs.get("position_ids")
-    return isinstance(positions, Tensor) and bool(((positions == 0).sum(-1) > 1).any())
+    if not isinstance(positions, Tensor):
+        return False
+    starts = positions == 0
+    if attention_mask is not None and attention_mask.shape == starts.shape:
+        starts = starts & attention_mask.bool()  # generate gives padding position 0, too
+    return bool((starts.sum(-1) > 1).any())

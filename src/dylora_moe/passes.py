@@ -213,11 +213,14 @@ def routing_pass(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> tuple[di
     k, placement = model.router_layer_index, model.placement
     kwargs = dict(kwargs)
     own: dict[str, Any] = {"past_key_values": None, "use_cache": False}
-    if model.moe_config.granularity == "token" and k > 0:
-        cache = _extended_cache(model, decoder, kwargs)
-        if cache is not None:
-            kwargs["past_key_values"] = cache
-            own = {"past_key_values": Cache(layers=cache.layers[placement.num_layers :]), "use_cache": True}
+    cache = _cache_of(model, decoder, kwargs) if k > 0 else None
+    if cache is not None:
+        kwargs["past_key_values"] = cache
+        if model.moe_config.granularity == "token":
+            states = _extra_layers(cache, k, placement.num_layers)
+        else:  # the only pass that decides: its states are of no further use, but the mask was made for such a cache
+            states = copy.deepcopy(cache.layers[:k])
+        own = {"past_key_values": Cache(layers=states), "use_cache": True}
     layers = placement.layers(model.get_base_model())
     probe = _Probe()
     inputs = {**kwargs, **own, "output_hidden_states": False, "output_attentions": False}
@@ -245,31 +248,35 @@ def _filled(cache: Any) -> bool:
     return isinstance(cache, Cache) and len(cache.layers) > 0 and cache.get_seq_length() > 0
 
 
-def _extended_cache(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | None:
-    """The call's cache with k extra layers for the routing pass; None if the call keeps no cache."""
-    k, count = model.router_layer_index, model.placement.num_layers
-    checkpointing = model.training and getattr(decoder, "gradient_checkpointing", False)
+def _cache_of(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | None:
+    """The cache of a call, made here if the decoder would make one, with at least L layers; None if it keeps none."""
     cache = kwargs.get("past_key_values")
     use = kwargs.get("use_cache")
     if use is None:
         use = getattr(decoder.config, "use_cache", False)
+    checkpointing = model.training and getattr(decoder, "gradient_checkpointing", False)
     if checkpointing or (cache is None and not use):
         return None
     if cache is None:
         cache = DynamicCache(config=decoder.config)
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values of type {type(cache).__name__}: pass a transformers Cache.")
-    while len(cache.layers) < count and cache.layer_class_to_replicate is not None:
+    while len(cache.layers) < model.placement.num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    return cache
+
+
+def _extra_layers(cache: Cache, k: int, count: int) -> list:
+    """The k layers behind the `count` of the main pass, appended to an empty cache."""
     if len(cache.layers) == count and not _filled(cache):
-        cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[:k])
+        cache.layers.extend(copy.deepcopy(cache.layers[:k]))
     seen = cache.layers[count].get_seq_length() if len(cache.layers) == count + k else -1
     if seen != cache.get_seq_length():
         raise ValueError(
             "this cache was filled without the routing pass (by a forced or base pass); start the routed sequence with "
             "an empty cache, or keep forcing the expert."
         )
-    return cache
+    return cache.layers[count:]
 
 
 def _check_not_bypassed(model: DyLoraMoE) -> None:

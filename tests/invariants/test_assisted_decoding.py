@@ -1,6 +1,7 @@
 """Invariant 4, assisted generation: candidates that a draft proposes and the mixture rejects leave no trace."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from dylora_moe import DyLoraMoE
 from tiny import ARCHITECTURES, PLACEMENTS, difference, tiny_base, tiny_mixture, tokens
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 NEW = 12
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
@@ -23,6 +24,15 @@ def mixture(architecture: str, placement: str, granularity: str = "token") -> Dy
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     settings = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
     return model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
+
+
+def draft_that_errs(model: DyLoraMoE) -> DyLoraMoE:
+    """A copy of the mixture whose every third token is another one."""
+    draft, calls = copy.deepcopy(model), itertools.count()
+    draft.moe_config.granularity = "token"  # a draft is called with a filled cache
+    head = draft.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda head, args, logits: logits.roll(1, -1) if next(calls) % 3 == 2 else logits)
+    return draft
 
 
 def lengths_of_passes(model: DyLoraMoE) -> list[int]:
@@ -44,15 +54,13 @@ def assert_some_accepted_and_some_rejected(lengths: list[int], prompt: int) -> N
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_draft_that_gets_rejected(architecture, placement, granularity):
     model, ids = mixture(architecture, placement, granularity), tokens(1, 6)
-    draft = copy.deepcopy(model)
-    for parameter in draft.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
+    draft = draft_that_errs(model)
     expected = generate(model, ids)
     lengths = lengths_of_passes(model)
     out = generate(model, ids, assistant_model=draft)
     assert torch.equal(out.sequences, expected.sequences)
     assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
-    if placement in ("first", "middle"):
+    if placement != "last":  # whose routing pass runs the top layer, too
         assert_some_accepted_and_some_rejected(lengths, 6)
 
 

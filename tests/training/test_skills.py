@@ -10,9 +10,11 @@ import re
 import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
+from dylora_moe.training import skills
 from dylora_moe.training.skills import SKILLS, generate, split_of
 
 N = 300
@@ -101,16 +103,13 @@ def test_the_seed_decides(skill):
 
 
 def test_another_process_with_other_hashes_makes_the_same_examples():
+    """`skills.py` needs the standard library only, so that the process need not import torch."""
     program = (
-        "from dylora_moe.training.skills import SKILLS, generate\n"
-        "import json, sys; json.dump([generate(s, 'test', 9, 4) for s in SKILLS], sys.stdout)"
+        "import json, sys, skills\n"
+        "json.dump([skills.generate(name, 'test', 9, 4) for name in skills.SKILLS], sys.stdout)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        check=True,
-        env={"PYTHONHASHSEED": "77", "PYTHONPATH": ":".join(path for path in sys.path if path)},
-    )
+    environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(skills.__file__).parent)}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment)
     assert json.loads(ran.stdout) == [generate(skill, "test", 9, 4) for skill in SKILLS]
 
 

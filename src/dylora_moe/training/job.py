@@ -334,7 +334,8 @@ def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
     config = recipe.mixture_config()
     own = {name: config.expert_config(**expert.lora) for name, expert in recipe.experts.items() if expert.lora}
     mixture = DyLoraMoE.from_base(base, config, own)
-    mixture.base_name = recipe.base.model
+    folder = Path(recipe.base.model)
+    mixture.base_name = str(folder.resolve()) if folder.is_dir() else recipe.base.model
     return mixture
 
 

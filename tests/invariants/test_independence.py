@@ -1,0 +1,162 @@
+"""Invariants 5 to 7: what must not matter to a token: its batch-mates, padding, later tokens, the order of experts.
+
+Float64 bases and 1e-6: norms and routers compute in float32. transformers' own Gemma 2 gives NaN for left padding in
+float64, so that it is compared in float32, where an ulp grows tenfold through layers with weights this large.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dylora_moe import DyLoraMoE
+from tiny import (
+    ARCHITECTURES,
+    PLACEMENTS,
+    VOCAB,
+    assert_same_gradients,
+    difference,
+    gradients,
+    left_padded,
+    mixed_experts,
+    positions,
+    tiny_mixture,
+    tokens,
+)
+
+TOLERANCE = 1e-6
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+
+
+def mixture(architecture: str, placement: str, **changes) -> DyLoraMoE:
+    return tiny_mixture(architecture, **{"dtype": torch.float64, **PLACEMENTS[placement], **changes})
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@every_placement
+@every_architecture
+def test_batch_mates_and_row_order(architecture, placement, granularity):
+    model = mixture(architecture, placement, granularity=granularity)
+    ids = tokens(4, 9)
+    for train in (False, True):
+        together = model.train(train)(ids)
+        order = torch.tensor([2, 0, 3, 1])
+        reordered = model(ids[order])
+        assert difference(reordered.logits, together.logits[order]) <= TOLERANCE
+        assert difference(reordered.routing_weights, together.routing_weights[order]) <= TOLERANCE
+        for row in range(4):
+            alone = model(ids[row : row + 1])
+            assert difference(together.logits[row], alone.logits[0]) <= TOLERANCE
+            assert difference(together.routing_weights[row], alone.routing_weights[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@every_placement
+@every_architecture
+def test_left_padding(architecture, placement, granularity):
+    narrow = architecture == "gemma2"
+    dtype, tolerance = (torch.float32, 10 * TOLERANCE) if narrow else (torch.float64, TOLERANCE)
+    model = mixture(architecture, placement, granularity=granularity, dtype=dtype)
+    rows = [tokens(1, 9, seed=1)[0], tokens(1, 4, seed=2)[0], tokens(1, 1, seed=3)[0]]
+    ids, mask = left_padded(rows)
+    for train in (False, True):
+        out = model.train(train)(ids, attention_mask=mask, position_ids=positions(mask))
+        for row, alone in enumerate(rows):
+            expected = model(alone[None])
+            own = slice(-len(alone), None)
+            assert difference(out.logits[row, own], expected.logits[0]) <= tolerance
+            assert difference(out.routing_weights[row, own], expected.routing_weights[0]) <= tolerance
+
+
+@pytest.mark.parametrize("placement", ["middle", "below"])
+@every_architecture
+def test_forced_rows_do_not_touch_routed_ones(architecture, placement):
+    model, ids = mixture(architecture, placement), tokens(3, 9)
+    routed, mixed = model(ids), model(ids, experts=["red", None, "base"])
+    assert difference(mixed.logits[1], routed.logits[1]) <= TOLERANCE
+    assert difference(mixed.logits[0], model(ids[:1], experts="red").logits[0]) <= TOLERANCE
+    assert difference(mixed.logits[2], model(ids[2:], experts="base").logits[0]) <= TOLERANCE
+
+
+def test_a_row_without_a_real_token_has_uniform_weights():
+    model, ids = mixture("llama", "middle", granularity="sequence", top_k=3), tokens(2, 5)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    out = model(ids, attention_mask=mask)
+    assert difference(out.routing_weights[1], torch.full((5, 3), 1 / 3)) <= TOLERANCE
+    assert difference(out.routing_weights[0], model(ids[:1]).routing_weights[0]) <= TOLERANCE
+
+
+@every_placement
+@every_architecture
+def test_routing_depends_on_earlier_tokens_only(architecture, placement):
+    model, ids = mixture(architecture, placement), tokens(2, 9)
+    for train in (False, True):
+        expected = model.train(train)(ids)
+        for t in range(8):
+            changed = ids.clone()
+            changed[:, t + 1 :] = 2 + (ids[:, t + 1 :] + 5) % (VOCAB - 2)
+            out = model(changed)
+            upto = slice(None, t + 1)
+            assert difference(out.routing_weights[:, upto], expected.routing_weights[:, upto]) <= TOLERANCE
+            assert difference(out.logits[:, upto], expected.logits[:, upto]) <= TOLERANCE
+            assert difference(out.routing_weights[:, t + 1], expected.routing_weights[:, t + 1]) > 1e-3
+
+
+@every_placement
+def test_completion_tokens_never_decide_their_own_routing(placement):
+    model, ids = mixture("llama", placement, granularity="sequence").train(), tokens(2, 9)
+    labels = ids.masked_fill(torch.arange(9) < 4, -100)
+    changed = ids.clone()
+    changed[:, 4:] = 2 + (ids[:, 4:] + 5) % (VOCAB - 2)
+    first, second = model(ids, labels=labels), model(changed, labels=labels)
+    assert difference(second.routing_weights, first.routing_weights) <= TOLERANCE
+    assert difference(model(changed).routing_weights, model(ids).routing_weights) > 1e-3
+
+
+def permuted(model: DyLoraMoE, twin: DyLoraMoE) -> DyLoraMoE:
+    """`twin` with the tensors of the experts of `model`, found by name, and the router's rows in its own order."""
+    for name in model.expert_names:
+        for ours, theirs in zip(twin.expert_tensors(name), model.expert_tensors(name), strict=True):
+            assert ours.name == theirs.name
+            ours.tensor.data.copy_(theirs.tensor.data)
+    order = [model.expert_names.index(name) for name in twin.expert_names]
+    rest = list(range(model.num_experts, model.router.num_outputs))  # the base route stays last
+    twin.router.load_state_dict({"down": model.router.down.data, "up": model.router.up.data[[*order, *rest]]})
+    return twin
+
+
+@pytest.mark.parametrize("settings", [{}, {"route_to_base": True}, {"granularity": "sequence"}], ids=str)
+@every_placement
+@every_architecture
+def test_permuting_experts_permutes_names_only(architecture, placement, settings):
+    order = ["blue", "red", "green"]
+    model = mixture(architecture, placement, balance_coefficient=1.0, **settings)
+    twin = permuted(model, mixture(architecture, placement, balance_coefficient=1.0, expert_names=order, **settings))
+    ids, columns = tokens(), [model.expert_names.index(name) for name in order]
+    found, expected = twin(ids), model(ids)
+    assert difference(found.logits, expected.logits) <= TOLERANCE
+    assert difference(found.routing_weights, expected.routing_weights[..., columns]) <= TOLERANCE
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    found, expected = twin.train()(ids, labels=labels), model.train()(ids, labels=labels)
+    assert difference(found.loss, expected.loss) <= TOLERANCE
+    found.loss.backward()
+    expected.loss.backward()
+    wanted = gradients(model)
+    rows = [*columns, *range(model.num_experts, model.router.num_outputs)]
+    wanted["router.up"] = wanted["router.up"][rows]
+    assert_same_gradients(gradients(twin), wanted, 10 * TOLERANCE)
+
+
+def test_permuting_experts_that_differ_in_everything():
+    experts = mixed_experts("llama")
+    model = mixture("llama", "middle", experts=experts)
+    twin = mixture("llama", "middle", experts={name: experts[name] for name in ("green", "blue", "red")})
+    assert difference(permuted(model, twin)(tokens()).logits, model(tokens()).logits) <= TOLERANCE
+
+
+def test_ties_go_to_the_lowest_index():
+    model = mixture("llama", "middle", top_k=1)
+    nn.init.zeros_(model.router.up)
+    weights: Tensor = model(tokens()).routing_weights
+    assert torch.equal(weights, torch.tensor([1.0, 0.0, 0.0]).expand_as(weights))

@@ -1,0 +1,176 @@
+"""The command line as a new user meets it: train, generate, inspect, check, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from dylora_moe import DyLoraMoE
+from dylora_moe.cli import app
+from tinybase import save_tiny_base
+
+runner = CliRunner()
+TRAIN = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def recipe(tmp_path, base):
+    """Write a recipe of two generated skills; keyword arguments replace its parts."""
+
+    def write(**changes) -> str:
+        content = {
+            "base": {"model": base},
+            "experts": {
+                "date": {"data": {"skill": "date", "train": 8, "test": 2}},
+                "cart": {"data": {"skill": "cart", "train": 8, "test": 2}, "lora": {"r": 6}},
+            },
+            "mixture": {"r": 4, "target_modules": "all-linear"},
+            "train": TRAIN,
+            "eval": {"max_new_tokens": 4, "batch_size": 2},
+            "output": str(tmp_path / "out"),
+            **changes,
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(file)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"domain_coefficient": 1.0, "router_learning_rate": 0.01},
+        {"method": "staged", "expert_steps": 2, "router_steps": 1, "domain_coefficient": 1.0},
+    ],
+    ids=["joint", "joint with domains", "staged"],
+)
+def test_train_writes_checkpoint_and_results(recipe, base, tmp_path, method):
+    train = {key: value for key, value in TRAIN.items() if not (method.get("method") and key == "max_steps")}
+    result = runner.invoke(app, ["train", recipe(train={**train, **method})], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "identical answers" in result.output
+    assert "dylora-moe generate" in result.output
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    for column in ("base", "mixture", "top1", "top2"):
+        assert set(results[column]) == {"date", "cart"}
+    assert results["reloaded_identical"] is True
+    assert results["seconds"] > 0
+    for row in results["load"].values():
+        assert sum(row.values()) == pytest.approx(1, abs=1e-3)
+    model = DyLoraMoE.from_pretrained(str(out))
+    assert model.expert_names == ["date", "cart"]
+    assert model.peft_config["cart"].r == 6
+    assert all(t.tensor.requires_grad for name in model.expert_names for t in model.expert_tensors(name))
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out / "date")).eval()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(stock(input_ids=ids).logits, model(input_ids=ids, experts="date").logits)
+
+
+def test_training_moves_experts_and_router_only(recipe, base, tmp_path):
+    runner.invoke(app, ["train", recipe(), "--set", "train.learning_rate=0.01"], catch_exceptions=False)
+    model = DyLoraMoE.from_pretrained(str(tmp_path / "out"))
+    assert all(t.tensor.abs().sum() > 0 for t in model.expert_tensors("date") if ".lora_B." in t.key)
+    fresh = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.unload().state_dict().items())
+
+
+def test_loss_metric_on_jsonl_and_baseline(recipe, tmp_path):
+    for name in ("train", "test"):
+        lines = [json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {"train": "train.jsonl", "test": "test.jsonl", "test_limit": 3}
+    file = recipe(experts={"one": {"data": data}, "two": {"data": data}}, eval={"metric": "loss", "batch_size": 2})
+    result = runner.invoke(app, ["train", file, "--baseline"], catch_exceptions=False)
+    assert result.exit_code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["single"]) == {"one", "two"}
+    assert 3 < results["base"]["one"] < 8  # a random model over 257 tokens: about log 257
+    assert "Held-out loss" in result.output
+
+
+def test_generate_and_inspect(recipe, tmp_path):
+    runner.invoke(app, ["train", recipe()], catch_exceptions=False)
+    out = str(tmp_path / "out")
+    plain = runner.invoke(app, ["generate", out, "When?", "--max-new-tokens", "4"], catch_exceptions=False)
+    assert plain.exit_code == 0
+    shown = runner.invoke(
+        app, ["generate", out, "When?", "--max-new-tokens", "4", "--show-routing"], catch_exceptions=False
+    )
+    assert "Routing" in shown.output
+    assert "date" in shown.output
+    forced = runner.invoke(
+        app, ["generate", out, "When?", "--max-new-tokens", "4", "--expert", "cart", "--show-routing"]
+    )
+    assert "100.0%" in forced.output
+    seen = runner.invoke(app, ["inspect", out, "--text", "Buy two apples"], catch_exceptions=False)
+    for heading in ("Parameters", "Routing", "Gradients"):
+        assert heading in seen.output
+    assert "router" in seen.output
+    assert "frozen" in seen.output
+
+
+def test_recipe_check_prints_the_defaults(recipe):
+    result = runner.invoke(app, ["recipe", "check", recipe()], catch_exceptions=False)
+    resolved = yaml.safe_load(result.output)
+    assert resolved["train"]["mixing"] == "proportional"
+
+
+def test_empty_and_broken_data_leave_no_output(recipe, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 400, "completion": "b"}))
+    for file, message in ((broken, "line 2"), (empty, "no examples"), (long, "exceed 256 tokens")):
+        path = recipe(experts={"one": {"data": {"train": str(file)}}})
+        with pytest.raises(ValueError, match=message):
+            runner.invoke(app, ["train", path], catch_exceptions=False)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.yaml"], "cannot read the recipe"),
+        (["generate", "no-such-folder", "hello"], "no such folder"),
+        (["train", "{recipe}", "--set", "train.lerning_rate=1"], "learning_rate"),
+        (["train", "{recipe}", "--set", "mixture.top_k=9"], "top_k=9"),
+    ],
+)
+def test_mistakes_are_one_message(recipe, arguments, message):
+    path = recipe()
+    command = [sys.executable, "-m", "dylora_moe", *(a.replace("{recipe}", path) for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_expert_is_named(recipe, tmp_path):
+    runner.invoke(app, ["train", recipe()], catch_exceptions=False)
+    with pytest.raises(ValueError, match=r"unknown expert 'law'; the experts are date, cart"):
+        runner.invoke(app, ["generate", str(tmp_path / "out"), "x", "--expert", "law"], catch_exceptions=False)
+
+
+def test_help_teaches():
+    for command in (["--help"], ["train", "--help"], ["generate", "--help"], ["inspect", "--help"]):
+        assert "dylora-moe" in runner.invoke(app, command).output or "Usage" in runner.invoke(app, command).output
+    assert "train.max_steps=5" in runner.invoke(app, ["train", "--help"]).output

@@ -1,0 +1,329 @@
+"""Seeing inside: every number of trace, gradient report and parameter report, computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from dylora_moe import DyLoraMoE, MoELoraConfig, gradient_report
+from dylora_moe.trace import GradientStats
+from tiny import ARCHITECTURES, LAYERS, VOCAB, WIDTH, tiny_base, tiny_config, tiny_mixture, tokens
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+]
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+
+
+def real_rows(weights: Tensor, mask: Tensor = MASK) -> list[list[float]]:
+    return [
+        row
+        for weights_row, mask_row in zip(weights.tolist(), mask.tolist(), strict=True)
+        for row, real in zip(weights_row, mask_row, strict=True)
+        if real
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("route_to_base", [True, False])
+def test_numbers_over_the_real_tokens(training, route_to_base):
+    model = tiny_mixture(route_to_base=route_to_base).train(training)
+    with model.trace() as trace, torch.no_grad():
+        output = model(tokens(), attention_mask=MASK)
+    assert torch.equal(trace.weights, output.routing_weights)
+    rows = real_rows(output.routing_weights)
+    assert len(rows) == 15
+    rows = [[*row, max(0.0, 1 - sum(row))] for row in rows]
+    names = ["red", "green", "blue"] + ["base"] * route_to_base
+    load = {name: sum(row[i] for row in rows) / 15 for i, name in enumerate(names)}
+    assert trace.load() == pytest.approx(load, abs=1e-6)
+    assert list(trace.load()) == names
+    entropy = -sum(share * math.log(share) for row in rows for share in row if share > 1e-6) / 15
+    assert trace.entropy() == pytest.approx(entropy, abs=1e-4)
+    strongest = [max(range(len(row)), key=row.__getitem__) for row in rows]
+    table = [
+        {"expert": name, "load": load[name], "strongest": strongest.count(i) / 15, "tokens": 15}
+        for i, name in enumerate(names)
+    ]
+    assert len(trace.table()) == len(table)
+    for found, expected in zip(trace.table(), table, strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert len({row["strongest"] for row in table}) > 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "load"),
+    [
+        ("green", {"red": 0.0, "green": 1.0, "blue": 0.0}),
+        ("base", {"red": 0.0, "green": 0.0, "blue": 0.0, "base": 1.0}),
+        (["red", "base"], {"red": 6 / 15, "green": 0.0, "blue": 0.0, "base": 9 / 15}),
+    ],
+)
+def test_forced_rows_are_recorded(experts, load):
+    model = tiny_mixture()
+    with model.trace() as trace:
+        model(tokens(), attention_mask=MASK, experts=experts)
+    assert trace.load() == pytest.approx(load)
+    assert {row["expert"]: row["strongest"] for row in trace.table()} == pytest.approx(load)
+    assert trace.entropy() == 0.0
+    assert trace.weights.shape == (2, 9, 3)
+
+
+def test_given_weights_are_recorded():
+    model = tiny_mixture()
+    with model.trace() as trace:
+        model(tokens(), routing_weights=torch.tensor([0.5, 0.25, 0.0]))
+    assert trace.load() == {"red": 0.5, "green": 0.25, "blue": 0.0, "base": 0.25}
+    assert trace.entropy() == pytest.approx(0.5 * math.log(2) + 2 * 0.25 * math.log(4))
+
+
+def test_mixed_batch_records_routed_and_forced_rows():
+    model = tiny_mixture()
+    with model.trace() as trace, torch.no_grad():
+        output = model(tokens(), experts=["blue", None])
+    assert trace.weights[0].tolist() == [[0.0, 0.0, 1.0]] * 9
+    assert torch.equal(trace.weights[1], output.routing_weights[1])
+
+
+def test_generation_is_recorded_pass_by_pass():
+    model = tiny_mixture()
+    with model.trace() as trace:
+        model.generate(tokens(), attention_mask=MASK, max_new_tokens=4, do_sample=False)
+    assert [tuple(weights.shape) for weights in trace.passes] == [(2, 9, 3), (2, 1, 3), (2, 1, 3), (2, 1, 3)]
+    assert trace.weights.shape == (2, 12, 3)
+    assert [row["tokens"] for row in trace.table()] == [15 + 2 * 3] * 3
+    rows = real_rows(trace.weights, torch.cat([MASK, torch.ones(2, 3)], 1))
+    assert trace.load() == pytest.approx({n: sum(r[i] for r in rows) / 21 for i, n in enumerate(model.expert_names)})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_reached_are_those_that_really_applied_a_routing(architecture):
+    model = tiny_mixture(architecture, router_layer=2)
+    with model.trace() as trace:
+        model(tokens())
+    assert sorted(trace.layers_reached) == sorted(layer.routing_name for layer in model._layers)
+    assert {model.placement.layer_of(name) for name in trace.layers_reached} == {2, 3}
+    assert set(trace.reached.values()) == {1}
+    with model.trace() as trace, model.disable_adapter():
+        model(tokens())
+    assert trace.layers_reached == []
+
+
+def test_a_layer_without_the_forced_expert_is_not_reached():
+    experts = {
+        "low": LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]),
+        "high": LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[3]),
+    }
+    model = tiny_mixture(experts=experts)
+    for name, layers in (
+        ("low", ["model.layers.1.self_attn.q_proj"]),
+        ("high", ["model.layers.3.self_attn.v_proj"]),
+        ("base", []),
+    ):
+        with model.trace() as trace:
+            model(tokens(), experts=name)
+        assert trace.layers_reached == layers
+    with model.trace() as trace:
+        model(tokens())
+    assert len(trace.layers_reached) == 2
+
+
+def test_nothing_is_recorded_outside():
+    model = tiny_mixture()
+    with model.trace() as trace:
+        model(tokens())
+    model(tokens())
+    assert len(trace.passes) == 1
+    assert set(trace.reached.values()) == {1}
+    assert model.routing.reached is None
+    assert model._trace is None
+
+
+def test_an_inner_trace_has_its_own_passes_and_the_outer_one_goes_on():
+    model = tiny_mixture()
+    with model.trace() as outer:
+        model(tokens())
+        with model.trace() as inner:
+            model(tokens(batch=1))
+        model(tokens())
+    assert [len(inner.passes), len(outer.passes)] == [1, 2]
+
+
+def test_a_trace_ends_with_its_block_also_after_an_error():
+    model = tiny_mixture()
+    with pytest.raises(RuntimeError, match="mine"), model.trace():
+        raise RuntimeError("mine")
+    assert model.routing.reached is None
+
+
+def test_recorded_weights_are_copies():
+    model = tiny_mixture().train()
+    with model.trace() as trace:
+        output = model(tokens())
+    assert not trace.weights.requires_grad
+    output.routing_weights.data.zero_()
+    assert trace.weights.sum() > 0
+
+
+def test_empty_and_uneven_traces_say_what_to_do():
+    model = tiny_mixture()
+    with model.trace() as trace:
+        pass
+    for read in (lambda: trace.weights, trace.load, trace.entropy, trace.table):
+        with pytest.raises(ValueError, match=r"the trace is empty: call the model within"):
+            read()
+    with model.trace() as trace:
+        model(tokens())
+        model(tokens(batch=1))
+    with pytest.raises(ValueError, match="different batch sizes; read them one by one from `passes`"):
+        _ = trace.weights
+    assert [w.shape[0] for w in trace.passes] == [2, 1]
+    assert sum(trace.load().values()) == pytest.approx(1.0)
+
+
+def test_only_padding_has_no_load():
+    model = tiny_mixture()
+    with model.trace() as trace:
+        model(tokens(), attention_mask=torch.zeros_like(MASK))
+    assert trace.load() == {"red": 0.0, "green": 0.0, "blue": 0.0}
+    assert trace.entropy() == 0.0
+    assert [row["strongest"] for row in trace.table()] == [0.0] * 3
+
+
+# ---------------------------------------------------------------------- gradient_report
+
+
+def test_gradient_statistics_by_hand():
+    parameters = [nn.Parameter(torch.zeros(3, 1)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.tensor([[1.0], [-4.0], [0.0]])
+    parameters[2].grad = torch.tensor([-5.0])
+    assert GradientStats.of(parameters) == GradientStats(3, 2, 0.0, 5.0, 2.5)
+    assert GradientStats.of(parameters[1:2]) == GradientStats(1, 0, 0.0, 0.0, 0.0)
+
+
+def gpt2_mixture() -> DyLoraMoE:
+    config = MoELoraConfig(
+        num_experts=2, r=8, lora_alpha=16, target_modules=["c_attn"], router_layer=0, balance_coefficient=0.01
+    )
+    torch.manual_seed(0)
+    model = DyLoraMoE.from_base(tiny_base("gpt2", n_layer=12), config)
+    for name in model.expert_names:  # with B = 0 no gradient would reach A or the router
+        for tensor in model.expert_tensors(name):
+            tensor.tensor.data.normal_(std=0.1)
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("experts", "counts"),
+    [
+        (None, {"expert_0": 24, "expert_1": 24, "router": 2, "frozen": 0}),
+        ("expert_0", {"expert_0": 24, "expert_1": 0, "router": 0, "frozen": 0}),
+        ("expert_1", {"expert_0": 0, "expert_1": 24, "router": 0, "frozen": 0}),
+    ],
+)
+def test_gradients_of_the_gpt2_shape(experts, counts):
+    model = gpt2_mixture()
+    with model.trace() as trace:
+        model(tokens(), labels=tokens(), experts=experts).loss.backward()
+    report = gradient_report(model)
+    assert {name: stats.with_gradient for name, stats in report.items()} == counts
+    assert {name: stats.tensors for name, stats in report.items()} == {
+        "expert_0": 24,
+        "expert_1": 24,
+        "router": 2,
+        "frozen": len(list(tiny_base("gpt2", n_layer=12).parameters())),
+    }
+    assert len(trace.layers_reached) == 12
+    for name, parameters in (("router", model.router.parameters()), ("expert_0", None), ("expert_1", None)):
+        if parameters is None:
+            parameters = [tensor.tensor for tensor in model.expert_tensors(name)]
+        values = [abs(v) for p in parameters if p.grad is not None for v in p.grad.flatten().tolist()] or [0.0]
+        stats = report[name]
+        assert stats.minimum == pytest.approx(min(values), rel=1e-5)
+        assert stats.maximum == pytest.approx(max(values), rel=1e-5)
+        assert stats.mean == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_balance_loss_reaches_the_router_and_nothing_else():
+    model = gpt2_mixture()
+    model(tokens(), labels=tokens()).aux_loss.backward()
+    report = gradient_report(model)
+    assert {name: stats.with_gradient for name, stats in report.items() if stats.with_gradient} == {"router": 2}
+    assert report["router"].maximum > 0
+
+
+def test_dora_magnitudes_count_once():
+    model = tiny_mixture(experts={"dora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}).train()
+    model(tokens(), labels=tokens(), experts="dora").loss.backward()
+    assert gradient_report(model)["dora"].with_gradient == 3 * LAYERS
+    assert model.parameter_report().experts == {"dora": LAYERS * (2 * (WIDTH + WIDTH) + WIDTH)}
+
+
+# ---------------------------------------------------------------------- parameter_report
+
+LLAMA_BASE = 2 * VOCAB * WIDTH + WIDTH + LAYERS * (2 * WIDTH * 16 + 2 * WIDTH * 8 + 3 * WIDTH * 24 + 2 * WIDTH)
+
+
+def test_parameters_by_hand():
+    model = tiny_mixture(router_hidden_size=5, route_to_base=True)
+    report = model.parameter_report()
+    per_layer = 2 * (WIDTH + 16) + 2 * (WIDTH + 8) + 3 * (WIDTH + 24)  # q, o; k, v; gate, up, down
+    expert = 3 * 3 * per_layer  # rank 3, layers 1 to 3
+    assert report.experts == {"red": expert, "green": expert, "blue": expert}
+    assert report.router == 5 * WIDTH + 4 * 5
+    assert report.base == LLAMA_BASE
+    assert report.trainable == 3 * expert + report.router
+    assert report.base_bytes == 4 * LLAMA_BASE
+    assert report.overhead == pytest.approx(100 * (3 * expert + report.router) / LLAMA_BASE)
+    rows = {row["part"]: (row["parameters"], row["percent of base"]) for row in report.table()}
+    assert list(rows) == ["red", "green", "blue", "router", "base (frozen)"]
+    assert rows["red"] == (expert, pytest.approx(100 * expert / LLAMA_BASE))
+    assert rows["base (frozen)"] == (LLAMA_BASE, 100.0)
+    model.freeze_expert("red")
+    assert model.parameter_report().trainable == report.trainable - expert
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_four_experts_bring_no_second_copy_of_the_base(architecture):
+    """Storages of everything that hangs on the mixture, counted once, before and after it is used."""
+    alone = tiny_base(architecture)
+    names = ["one", "two", "three", "four"]
+    model = DyLoraMoE(tiny_base(architecture), tiny_config(expert_names=names, router_layer=0))
+    report = model.parameter_report()
+    base_bytes = storage_bytes(alone)
+    assert report.base == sum(p.numel() for p in alone.parameters())  # a tied head once
+    assert report.base_bytes == 4 * report.base
+    total = base_bytes + 4 * (sum(report.experts.values()) + report.router)
+    assert storage_bytes(model) == total
+    model.train()(tokens(), labels=tokens()).loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.eval().generate(tokens(), max_new_tokens=3, do_sample=False)
+    model(tokens())
+    assert storage_bytes(model) == total
+
+
+def storage_bytes(model: nn.Module) -> int:
+    """Bytes of all storages that the modules of `model` hold, parameters, buffers and plain attributes alike."""
+    found: dict[int, int] = {}
+
+    def visit(value: object, depth: int) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif depth and isinstance(value, dict):
+            for item in value.values():
+                visit(item, depth - 1)
+        elif depth and isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item, depth - 1)
+        elif depth and type(value).__module__.startswith("dylora_moe") and not isinstance(value, nn.Module):
+            visit(getattr(value, "__dict__", {}), depth - 1)
+
+    for module in model.modules():
+        visit(module.__dict__, 6)
+    return sum(found.values())
