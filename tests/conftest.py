@@ -13,8 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # the models are tiny; a second thread only waits
 
 hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dylora")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 from safetensors.torch import load_file
 
-from dylora_moe import CheckpointError, DyLoraMoE
+from dylora_moe import CheckpointError, DyLoraMoE, checkpoint
 from stock import assert_same_tensors, logits, stir, stock_logits
 from tiny import ARCHITECTURES, tiny_base, tiny_config, tiny_mixture, tokens
 
@@ -141,6 +141,21 @@ def test_loading_options_reach_the_base(tmp_path):
     assert loaded.expert_tensors("plain")[0].tensor.dtype == torch.float32
 
 
+def test_the_revision_of_the_base_is_loaded_again(tmp_path, monkeypatch):
+    base, asked = tiny_base(), []
+    base.config._commit_hash = "0123abc"
+    DyLoraMoE(base, tiny_config(), base_name="owner/name").save_pretrained(tmp_path)
+
+    def load_base(name, options):
+        asked.append((name, options))
+        return tiny_base(), name
+
+    monkeypatch.setattr(checkpoint, "load_base", load_base)
+    assert DyLoraMoE.from_pretrained(str(tmp_path)).base_name == "owner/name"
+    DyLoraMoE.from_pretrained(str(tmp_path), revision="main")
+    assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {"revision": "main"})]
+
+
 def test_not_trainable_freezes_router_and_experts(tmp_path):
     tiny_mixture().save_pretrained(tmp_path)
     loaded = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base(), trainable=False)
@@ -194,6 +209,12 @@ def test_unknown_option_is_refused_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pickles_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization=False asks for pickles"):
+        tiny_mixture().save_pretrained(tmp_path / "mixture", safe_serialization=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_configuration_file_says_what_the_mixture_is(tmp_path):
     model = rich_mixture("llama", tmp_path / "base", router_layer="last", top_k=3)
     model.save_pretrained(tmp_path / "mixture")
@@ -209,7 +230,7 @@ def test_configuration_file_says_what_the_mixture_is(tmp_path):
 def test_every_lora_field_of_the_mixture_comes_back(tmp_path):
     """They are the defaults of experts that are added later."""
     settings = {"lora_dropout": 0.2, "use_rslora": True, "layers_to_transform": [2], "target_modules": ["q_proj"]}
-    model = tiny_mixture(**settings)
+    model = tiny_mixture(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=1.5), rank_pattern={"q_proj": 2})
     model.save_pretrained(tmp_path)
     loaded = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base())
     assert loaded.moe_config.to_dict() == model.moe_config.to_dict()

@@ -100,9 +100,9 @@ BAD_SOURCES = {
     "cannot be mixed": ("late", LoraConfig(target_modules=["q_proj"], bias="all"), ValueError, "bias='all'"),
     "fails half way": (
         "late",
-        LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"], rank_pattern={"layers.2.mlp.down_proj": -1}),
-        ValueError,
-        "`r` should be a positive integer",
+        LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"], alpha_pattern={"layers.2.mlp.down_proj": "big"}),
+        TypeError,
+        "unsupported operand",
     ),
 }
 

@@ -133,6 +133,16 @@ def test_a_layer_without_the_forced_expert_is_not_reached():
     assert len(trace.layers_reached) == 2
 
 
+def test_a_recompute_counts_for_nothing():
+    model = tiny_mixture().train()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    with model.trace() as trace:
+        model(tokens(), labels=tokens()).loss.backward()
+    assert len(trace.passes) == 1
+    assert len(trace.reached) == 21
+    assert set(trace.reached.values()) == {1}
+
+
 def test_nothing_is_recorded_outside():
     model = tiny_mixture()
     with model.trace() as trace:

@@ -140,6 +140,14 @@ def _check_tensors(
             raise CheckpointError(f"{file}{origin}: {key} holds values that are not finite.")
 
 
+def read_router(file: Path, router: Router) -> dict[str, Tensor]:
+    """Read a router's tensors and check that they fit `router`, without touching it."""
+    tensors = read_tensors(file)
+    shapes = {key: tuple(value.shape) for key, value in router.state_dict().items()}
+    _check_tensors(tensors, shapes, file, "the router of the mixture")
+    return tensors
+
+
 def export_adapter(model: DyLoraMoE, name: str, directory: str | Path) -> None:
     """Write one expert of a mixture as a stock adapter folder."""
     write_adapter(Path(directory), *_stock_adapter(model, name, None))
@@ -186,7 +194,9 @@ def save_mixture(
     **kwargs: Any,
 ) -> None:
     """Write a mixture; see `DyLoraMoE.save_pretrained`."""
-    for ignored in ("safe_serialization", "save_embedding_layers", "max_shard_size"):
+    if not kwargs.pop("safe_serialization", True):
+        raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
+    for ignored in ("save_embedding_layers", "max_shard_size"):
         kwargs.pop(ignored, None)
     if not is_main_process:
         return
@@ -250,7 +260,6 @@ def load_mixture(
     file = folder / CONFIG_FILE
     fields = read_json(file)
     config, states, frozen = _parse_description(fields, file)
-    router_tensors = read_tensors(folder / ROUTER_FILE)
     name = fields.get("base_model_name_or_path")
     if base is None:
         if not name:
@@ -261,8 +270,7 @@ def load_mixture(
     with torch.device("meta"):
         width = model.config.get_text_config().hidden_size
         router = Router(width, len(states) + config.route_to_base, config.router_type, config.router_hidden_size)
-    shapes = {key: tuple(value.shape) for key, value in router.state_dict().items()}
-    _check_tensors(router_tensors, shapes, folder / ROUTER_FILE, "the router of moe_config.json")
+    router_tensors = read_router(folder / ROUTER_FILE, router)
     mixture = cls(model, config, {k: a.config for k, a in experts.items()}, base_name=given_name or name)
     for expert, adapter in experts.items():
         mixture._load_expert(expert, adapter.tensors, keep_dtype=True)
@@ -279,13 +287,9 @@ def load_mixture(
 def _describe(model: DyLoraMoE) -> dict[str, Any]:
     from . import __version__
 
-    config = model.moe_config
-    default = MoELoraConfig(num_experts=config.num_experts)
-    lora = {}
-    for f in dataclasses.fields(LoraConfig):
-        value = getattr(config, f.name)
-        if f.init and f.name != "runtime_config" and value != getattr(default, f.name):
-            lora[f.name] = sorted(value) if isinstance(value, set) else value
+    config, default = model.moe_config.to_dict(), MoELoraConfig().to_dict()
+    lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}
+    kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
     return {
         "format_version": FORMAT_VERSION,
         "dylora_moe_version": __version__,
@@ -295,7 +299,7 @@ def _describe(model: DyLoraMoE) -> dict[str, Any]:
             {"name": name, "state": state, "frozen": name in model._frozen_experts}
             for name, state in model.expert_states.items()
         ],
-        "config": {**json.loads(json.dumps(lora, default=str)), **config.routing_fields()},
+        "config": kept,
     }
 
 

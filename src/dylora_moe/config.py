@@ -180,8 +180,16 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
 
 
 def check_mixable(config: LoraConfig, name: str | None = None) -> None:
-    """Raise `ValueError` for LoRA settings whose effect cannot be mixed per token."""
+    """Raise `ValueError` for LoRA settings that are wrong in themselves or cannot be mixed per token."""
     who = f"expert {name!r}: " if name else ""
+    ranks = {"r": config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()}}
+    for key, rank in ranks.items():
+        if not (_is_int(rank) and rank > 0):
+            raise ValueError(f"{who}{key}={rank!r}: a positive integer is needed.")
+    if not (_is_finite(config.lora_dropout) and 0 <= config.lora_dropout < 1):
+        raise ValueError(
+            f"{who}lora_dropout={config.lora_dropout!r}: a share from 0 up to, not including, 1 is needed."
+        )
     if config.modules_to_save:
         raise ValueError(
             f"{who}modules_to_save={sorted(config.modules_to_save)} keeps a whole copy of a module per expert, "

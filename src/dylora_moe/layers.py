@@ -67,14 +67,16 @@ class Routing:
         self.names, self.weights, self.forced = (), None, None
 
     @contextmanager
-    def restored(self, state: tuple[tuple[str, ...], Tensor | None, list[str] | None]) -> Iterator[None]:
-        """Put an earlier `state` in force for the length of a block (the recompute of a checkpointed layer)."""
-        before = self.state()
-        self.names, self.weights, self.forced = state
+    def restored(
+        self, state: tuple[tuple[str, ...], Tensor | None, list[str] | None], reached: dict[str, int] | None
+    ) -> Iterator[None]:
+        """Put an earlier `state` in force for the length of a block (a checkpointed layer), counting in `reached`."""
+        before, counts = self.state(), self.reached
+        (self.names, self.weights, self.forced), self.reached = state, reached
         try:
             yield
         finally:
-            self.names, self.weights, self.forced = before
+            (self.names, self.weights, self.forced), self.reached = before, counts
 
     def state(self) -> tuple[tuple[str, ...], Tensor | None, list[str] | None]:
         """What is in force, to be restored later."""
@@ -90,7 +92,10 @@ class RoutedLayer:
     @property
     def active_adapters(self) -> list[str]:
         forced = self.routing.forced
-        return super().active_adapters if forced is None else forced  # type: ignore[misc]
+        if forced is not None:
+            return forced
+        active = cast(LoraLayer, self).active_adapter  # super() of a property does not compile
+        return [active] if isinstance(active, str) else active
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, routing = cast(LoraLayer, self), self.routing
@@ -360,10 +365,12 @@ class KeepRouting:
         self.checkpoint, self.routing = checkpoint, routing
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self.routing.state()
+        state, reached = self.routing.state(), self.routing.reached
 
         def with_routing(*inputs: Any, **options: Any) -> Any:
-            with self.routing.restored(state):
+            nonlocal reached
+            counts, reached = reached, None  # the forward counts, the recompute does not
+            with self.routing.restored(state, counts):
                 return function(*inputs, **options)
 
         return self.checkpoint(with_routing, *args, **kwargs)
@@ -383,9 +390,9 @@ def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
             or not getattr(module, "gradient_checkpointing", False)
         ):
             continue
-        if getattr(function, "keywords", {}).get("use_reentrant"):
+        if getattr(function, "keywords", {}).get("use_reentrant") is not False:  # torch's default is True
             raise ValueError(
-                "gradient checkpointing with use_reentrant=True would silently lose the gradient of the routing "
+                "reentrant gradient checkpointing (torch's default) would silently lose the gradient of the routing "
                 'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         module._gradient_checkpointing_func = KeepRouting(function, routing)

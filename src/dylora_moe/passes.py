@@ -42,7 +42,7 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
         _check_not_bypassed(model)
         if model.training:
             keep_routing_in_checkpoints(decoder, model.routing)
-            model.get_base_model().disable_input_require_grads()  # backward must stop at layer k
+            _undo_input_require_grads(model.get_base_model())
     if model._adapters_disabled:
         return (), kwargs
     if request.weights is not None:
@@ -205,25 +205,14 @@ def _prompt_tokens(request: Request, decision: Decision, device: torch.device) -
 
 
 def routing_pass(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> tuple[dict, Tensor]:
-    """Run the bare base up to layer k without gradients: the main pass' keyword arguments, and `hidden [B, S, D]`.
-
-    With a KV cache at token granularity, the k layers of this pass keep their own states in k extra layers at the end
-    of the main cache, so that reorder, crop and repeat reach them.
-    """
+    """Run the bare base up to layer k without gradients: the main pass' keyword arguments, and `hidden [B, S, D]`."""
     k, placement = model.router_layer_index, model.placement
     kwargs = dict(kwargs)
-    own: dict[str, Any] = {"past_key_values": None, "use_cache": False}
-    cache = _cache_of(model, decoder, kwargs) if k > 0 else None
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-        if model.moe_config.granularity == "token":
-            states = _extra_layers(cache, k, placement.num_layers)
-        else:  # the only pass that decides: its states are of no further use, but the mask was made for such a cache
-            states = copy.deepcopy(cache.layers[:k])
-        own = {"past_key_values": Cache(layers=states), "use_cache": True}
+    own = _own_cache(model, decoder, kwargs) if k > 0 else None
+    inputs = {**kwargs, "past_key_values": own, "use_cache": own is not None}
+    inputs |= {"output_hidden_states": False, "output_attentions": False}
     layers = placement.layers(model.get_base_model())
     probe = _Probe()
-    inputs = {**kwargs, **own, "output_hidden_states": False, "output_attentions": False}
     try:
         if k < placement.num_layers:
             setattr(decoder, placement.layers_name, nn.ModuleList([*layers[:k], probe]))
@@ -248,26 +237,31 @@ def _filled(cache: Any) -> bool:
     return isinstance(cache, Cache) and len(cache.layers) > 0 and cache.get_seq_length() > 0
 
 
-def _cache_of(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | None:
-    """The cache of a call, made here if the decoder would make one, with at least L layers; None if it keeps none."""
-    cache = kwargs.get("past_key_values")
-    use = kwargs.get("use_cache")
+def _own_cache(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | None:
+    """The k layers of cache for the routing pass; None if the call keeps none.
+
+    At token granularity they are k extra layers at the end of the main pass' cache (made here if the decoder would make
+    one), so that reorder, crop and repeat reach them. At sequence granularity only the prompt's pass decides, and its
+    states are of no further use; but the mask was made for a cache like the main one.
+    """
+    k, count = model.router_layer_index, model.placement.num_layers
+    per_token = model.moe_config.granularity == "token"
+    cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if use is None:
         use = getattr(decoder.config, "use_cache", False)
     checkpointing = model.training and getattr(decoder, "gradient_checkpointing", False)
-    if checkpointing or (cache is None and not use):
+    if checkpointing or (cache is None and not (use and per_token)):
         return None
     if cache is None:
-        cache = DynamicCache(config=decoder.config)
+        cache = kwargs["past_key_values"] = _with_layers(DynamicCache(config=decoder.config), count)
+        cache.layers.extend(
+            _with_layers(DynamicCache(config=decoder.config), count).layers[:k]
+        )  # a copy cannot compile
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values of type {type(cache).__name__}: pass a transformers Cache.")
-    while len(cache.layers) < model.placement.num_layers and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache
-
-
-def _extra_layers(cache: Cache, k: int, count: int) -> list:
-    """The k layers behind the `count` of the main pass, appended to an empty cache."""
+    _with_layers(cache, count)
+    if not per_token:
+        return Cache(layers=copy.deepcopy(cache.layers[:k]))
     if len(cache.layers) == count and not _filled(cache):
         cache.layers.extend(copy.deepcopy(cache.layers[:k]))
     seen = cache.layers[count].get_seq_length() if len(cache.layers) == count + k else -1
@@ -276,7 +270,26 @@ def _extra_layers(cache: Cache, k: int, count: int) -> list:
             "this cache was filled without the routing pass (by a forced or base pass); start the routed sequence with "
             "an empty cache, or keep forcing the expert."
         )
-    return cache.layers[count:]
+    return Cache(layers=cache.layers[count:])
+
+
+def _with_layers(cache: Cache, count: int) -> Cache:
+    """`cache` with at least `count` layers, if it makes them on demand."""
+    while len(cache.layers) < count and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache
+
+
+def _undo_input_require_grads(base: Any) -> None:
+    """Backward must stop at layer k, so the embeddings' output must not require gradients.
+
+    transformers forgets the hooks of all calls of `enable_input_require_grads` but the last.
+    """
+    base.disable_input_require_grads()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+            del hooks[key]
 
 
 def _check_not_bypassed(model: DyLoraMoE) -> None:

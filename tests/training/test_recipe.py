@@ -103,7 +103,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
         (minimal(train={"max_steps": "five"}), r"^train\.max_steps: expected an integer, got 'five'"),
         (minimal(train={"learning_rate": "fast"}), r"^train\.learning_rate: expected a number, got 'fast'"),
         (minimal(mixture={"r": 2.5}), r"^mixture\.r: expected an integer, got 2\.5"),
-        (minimal(mixture={"target_modules": 3}), r"^mixture\.target_modules: expected .*text or null, got 3"),
+        (minimal(mixture={"target_modules": 3}), r"^mixture\.target_modules: expected .*text.*, got 3"),
         (minimal(eval={"samples": "all"}), r"^eval\.samples: expected an integer or null, got 'all'"),
         ({"experts": ["json"]}, r"^experts: expected .* got \['json'\]"),
         ({"experts": {"a": "json"}}, r"^experts\.a: expected a mapping, got 'json'"),

@@ -146,7 +146,6 @@ class TrainRecipe:
         router_learning_rate: learning rate of the router; default the one of the experts.
         domain_coefficient: weight of the router's cross-entropy towards the expert whose data an example is; 0
             leaves the routing to the language-model loss alone.
-        domain_coefficient: weight of a cross-entropy that teaches the router the expert whose data each example is.
         mixing: `proportional` uses every example once per epoch; `equal` draws as many from each expert's data
             as the largest has.
         too_long: what to do with examples beyond `max_length` (or the base's context): `error`, `drop` or
@@ -159,7 +158,6 @@ class TrainRecipe:
     router_steps: int | None = None
     router_learning_rate: float | None = None
     domain_coefficient: float = 0.0
-    domain_coefficient: float = 0.0
     mixing: Literal["proportional", "equal"] = "proportional"
     too_long: Literal["error", "drop", "truncate"] = "error"
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -169,8 +167,6 @@ class TrainRecipe:
         _at_least(self, "router_steps", 1)
         if self.router_learning_rate is not None and not self.router_learning_rate > 0:
             raise ValueError(f"router_learning_rate={self.router_learning_rate}: must be greater than 0.")
-        if not self.domain_coefficient >= 0:
-            raise ValueError(f"domain_coefficient={self.domain_coefficient}: must be 0 (off) or greater.")
         if not self.domain_coefficient >= 0:
             raise ValueError(f"domain_coefficient={self.domain_coefficient}: must be 0 (off) or greater.")
         if self.method == "joint":

@@ -5,17 +5,33 @@ Shapes: B batch, S sequence, T tokens, n router outputs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
-from trl import SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
 
 from dylora_moe import routing
+from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes import RouterRecord
+
+from .checkpoints import (
+    COMPLETE_FILE,
+    Interrupted,
+    RestoreAverages,
+    StopOnSignal,
+    last_complete,
+    mark_complete,
+    mark_incomplete,
+    restore,
+    save_averages,
+)
 
 DOMAIN = "domain"
 
@@ -56,6 +72,9 @@ class MoETrainer(SFTTrainer):
         self.router_learning_rate = router_learning_rate
         self._records: list[RouterRecord] = []
         self._domains: list[Tensor] = []
+        arguments = kwargs.get("args")
+        if arguments is not None and arguments.data_seed is None:
+            arguments.data_seed = arguments.seed  # else the order of the data hangs on whoever seeded torch last
         super().__init__(model, *args, **kwargs)
         columns = getattr(self.train_dataset, "column_names", None) or []
         self.has_domains = DOMAIN in columns
@@ -67,13 +86,87 @@ class MoETrainer(SFTTrainer):
         if self.has_domains:
             self.data_collator = DomainCollator(self.data_collator, model.expert_names)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """TRL's `train`; `resume_from_checkpoint=True` takes the last whole checkpoint of the output folder.
+
+        Raises:
+            CheckpointError: nothing whole to resume from, or it could not be saved (the last whole one is intact).
+            FloatingPointError: the loss is not finite; no optimizer step was made with it.
+            Interrupted: SIGTERM or SIGINT; the step was finished and saved.
+        """
+        folder = self._resume_folder(resume_from_checkpoint)
+        stop = StopOnSignal()
+        self.add_callback(stop)
+        if folder is not None:
+            self.add_callback(RestoreAverages(self, folder))
         with self.mixture.recording() as records:
             self._records = records
             try:
-                return super().train(*args, **kwargs)
+                result = super().train(None if folder is None else str(folder), *args, **kwargs)
             finally:
+                stop.restore_handlers()
+                self.remove_callback(StopOnSignal)
+                self.remove_callback(RestoreAverages)
                 unwrap_head(self.mixture)
+        if stop.received is not None:
+            raise Interrupted(stop.received, str(self.args.output_dir))
+        return result
+
+    def _resume_folder(self, asked: str | bool | None) -> Path | None:
+        if not asked:
+            return None
+        folder = last_complete(str(self.args.output_dir)) if asked is True else Path(str(asked))
+        if folder is None:
+            raise CheckpointError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+        if not (folder / COMPLETE_FILE).is_file():
+            raise CheckpointError(
+                f"{folder} was not written to its end ({COMPLETE_FILE!r} is missing); resume an older one."
+            )
+        return folder
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            last = last_complete(str(self.args.output_dir))
+            raise FloatingPointError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}. Lower train.learning_rate or set "
+                f"train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing goes before the new one is whole
+        try:
+            if self.args.should_save:
+                mark_incomplete(folder)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                save_averages(self, folder)
+                mark_complete(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk arrives as any of these
+            last = last_complete(str(self.args.output_dir))
+            raise CheckpointError(
+                f"{folder} could not be written: {error}. The last whole checkpoint is {last or 'none'}."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self.mixture, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        restore(self.mixture, str(self.state.best_model_checkpoint))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `save_pretrained` writes the mixture's own card."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -126,7 +219,8 @@ class MoETrainer(SFTTrainer):
     def _router_loss(self, lm_loss: Tensor, domains: Tensor | None, num_items: Tensor | int | None) -> Tensor:
         """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
         metrics = self._metrics["train"]
-        metrics["lm_loss"].append(float(lm_loss.detach()))
+        parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
+        metrics["lm_loss"].append(float(lm_loss.detach()) * parts)
         if len(self._records) > len(self._domains) and domains is not None:
             self._domains.append(domains)
         zero = lm_loss.new_zeros(())

@@ -1,0 +1,147 @@
+"""Checkpoints of a run in progress: whole ones only, with all that a resumed run needs to continue to the bit.
+
+output/checkpoint-120/           the mixture, as `save_pretrained` writes it
+output/checkpoint-120/*.pt|pth   optimizer, scheduler, RNG (torch files, read by the trainer that wrote them)
+output/checkpoint-120/trainer_averages.json
+output/checkpoint-120/complete   written last; without it a checkpoint is never resumed from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
+
+if TYPE_CHECKING:
+    from dylora_moe.model import DyLoraMoE
+
+    from .trainer import MoETrainer
+
+COMPLETE_FILE = "complete"
+AVERAGES_FILE = "trainer_averages.json"
+EXEMPT_FROM_RESUME = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+"""Log fields about one session of a run; everything else is the same in a resumed run as in an uninterrupted one."""
+
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_complete(folder: Path) -> None:
+    """Say that everything in `folder` has been written."""
+    (folder / COMPLETE_FILE).touch()
+
+
+def mark_incomplete(folder: Path) -> None:
+    """Say that `folder` is being written."""
+    (folder / COMPLETE_FILE).unlink(missing_ok=True)
+
+
+def last_complete(output: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step in `output`; None if there is none."""
+    folders = {}
+    for folder in Path(output).glob("checkpoint-*"):
+        match = _NUMBERED.fullmatch(folder.name)
+        if match and (folder / COMPLETE_FILE).is_file():
+            folders[int(match[1])] = folder
+    return folders[max(folders)] if folders else None
+
+
+def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
+    """Load experts and router of a checkpoint into a mixture that has the same experts.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another mixture; the mixture is left as it was.
+    """
+    folder = Path(folder)
+    base = mixture.get_base_model()
+    adapters = {name: read_adapter(folder / name, base, name) for name in mixture.expert_names}
+    for name, adapter in adapters.items():
+        for key, _, parameter in mixture.expert_tensors(name):
+            if key not in adapter.tensors or adapter.tensors[key].shape != parameter.shape:
+                raise CheckpointError(f"{folder / name}: {key} does not fit expert {name!r} of this mixture.")
+    router = read_router(folder / ROUTER_FILE, mixture.router)
+    for name, adapter in adapters.items():
+        mixture._load_expert(name, adapter.tensors)
+    mixture.router.load_state_dict(router)
+
+
+def save_averages(trainer: MoETrainer, folder: Path) -> None:
+    """Keep the averages that a trainer is in the middle of."""
+    averages = {
+        "metrics": {mode: dict(values) for mode, values in trainer._metrics.items()},
+        "total_train_tokens": trainer._total_train_tokens,
+        "loss_since_log": float(trainer._tr_loss.double()),
+        "last_logged": trainer._globalstep_last_logged,
+    }
+    (folder / AVERAGES_FILE).write_text(json.dumps(averages), encoding="utf-8")
+
+
+class RestoreAverages(TrainerCallback):
+    """Puts the averages of a checkpoint back once a resumed trainer has cleared its own."""
+
+    def __init__(self, trainer: MoETrainer, folder: Path):
+        self.trainer, self.file = trainer, folder / AVERAGES_FILE
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        averages = json.loads(self.file.read_text(encoding="utf-8"))
+        trainer = self.trainer
+        for mode, values in averages["metrics"].items():
+            trainer._metrics[mode].update(values)
+        trainer._total_train_tokens = averages["total_train_tokens"]
+        trainer._tr_loss = torch.tensor(averages["loss_since_log"], device=trainer._tr_loss.device).to(
+            trainer._tr_loss.dtype
+        )
+        trainer._globalstep_last_logged = averages["last_logged"]
+
+
+class Interrupted(Exception):
+    """A signal ended the training after its current step, and a checkpoint was saved.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, number: int, output: str):
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}; continue with --resume (checkpoints in {output}).")
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGINT finish the optimizer step, save and stop; a second one acts at once.
+
+    Trainer's own just-in-time checkpoint saves in the middle of a step, from which no exact resume is possible.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.restore_handlers()
