@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.cli import app
+from dylora_moe.cli import app, main
 from tinybase import save_tiny_base
 
 runner = CliRunner()
@@ -155,12 +155,20 @@ def test_empty_and_broken_data_leave_no_output(recipe, tmp_path):
         (["train", "{recipe}", "--set", "mixture.top_k=9"], "top_k=9"),
     ],
 )
-def test_mistakes_are_one_message(recipe, arguments, message):
+def test_mistakes_are_one_message(recipe, arguments, message, monkeypatch, capsys):
     path = recipe()
-    command = [sys.executable, "-m", "dylora_moe", *(a.replace("{recipe}", path) for a in arguments)]
+    monkeypatch.setattr(sys, "argv", ["dylora-moe", *(a.replace("{recipe}", path) for a in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_module_entry_point_fails_without_a_traceback():
+    command = [sys.executable, "-m", "dylora_moe", "train", "missing.yaml"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
+    assert "cannot read the recipe" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 

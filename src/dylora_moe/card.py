@@ -58,7 +58,7 @@ def model_card(model: DyLoraMoE, results: Mapping[str, Any] | None = None) -> st
     ]
     experts = []
     for name, state in model.expert_states.items():
-        lora = model.peft_config[name]
+        lora = model.lora_config(name)
         frozen = ", frozen" if name in model._frozen_experts else ""
         experts.append(f"| {name} | {lora.r} | {lora.lora_alpha} | {state}{frozen} |")
     base = model.base_name or "an unnamed base"

@@ -170,7 +170,7 @@ def _write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str,
 
 
 def _stock_adapter(model: DyLoraMoE, name: str, gathered: Mapping[str, Tensor] | None) -> Adapter:
-    config = copy.deepcopy(model.peft_config[name])
+    config = copy.deepcopy(model.lora_config(name))
     config.inference_mode = True
     config.base_model_name_or_path = model.base_name
     config.task_type = config.task_type or "CAUSAL_LM"
@@ -265,7 +265,7 @@ def load_mixture(
         if not name:
             raise CheckpointError(f"{file} names no base; pass base=... (a loaded model, its name or folder).")
         base_kwargs = {**({"revision": fields["base_revision"]} if fields.get("base_revision") else {}), **base_kwargs}
-    model, given_name = load_base(name if base is None else base, base_kwargs)
+    model, given_name = load_base(str(name) if base is None else base, base_kwargs)
     experts = {expert: read_adapter(folder / expert, model, expert) for expert in states}
     with torch.device("meta"):
         width = model.config.get_text_config().hidden_size

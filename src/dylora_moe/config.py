@@ -117,7 +117,7 @@ class MoELoraConfig(LoraConfig):
             if not (_is_finite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ValueError(f"{key}={getattr(self, key)!r}: a number from 0 (off) upwards is needed.")
         k = self.router_layer
-        if not (k is None or k == "last" or (_is_int(k) and k >= 0)):
+        if not (k is None or k == "last" or (isinstance(k, int) and _is_int(k) and k >= 0)):
             raise ValueError(f'router_layer={k!r}: a decoder layer index from 0, "last", or None for L // 4.')
         check_mixable(self)
 

@@ -9,12 +9,13 @@ import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .layers import KeepRouting
@@ -69,6 +70,11 @@ class ExpertLifecycle:
         self._check_known(name)
         return [tensor for layer in self._layers for tensor in layer_tensors(layer, layer.routing_name, name)]
 
+    def lora_config(self: DyLoraMoE, name: str) -> LoraConfig:  # type: ignore[misc]
+        """The stock configuration of one expert."""
+        self._check_known(name)
+        return cast(LoraConfig, self.peft_config[name])
+
     def parameter_report(self: DyLoraMoE) -> ParameterReport:  # type: ignore[misc]
         """Parameters per expert, of the router and of the base; overhead in %."""
         return parameter_report(self)
@@ -95,7 +101,7 @@ class ExpertLifecycle:
         """
         from .checkpoint import read_adapter
 
-        base = self.get_base_model()
+        base = cast(PreTrainedModel, self.get_base_model())
         check_expert_name(name, taken=self.expert_names, base=base)
         tensors: dict[str, Tensor] | None = None
         if isinstance(source, (str, Path)):
@@ -245,11 +251,11 @@ class ExpertLifecycle:
             self._check_known(name)
             if not torch.isfinite(torch.tensor(float(value))):
                 raise ValueError(f"weight of {name!r} is {value}; it must be finite.")
-            if self.peft_config[name].use_dora:
+            if self.lora_config(name).use_dora:
                 raise ValueError(f"expert {name!r} uses DoRA, whose output is not linear in its weight.")
         tensors: dict[str, Tensor] = {}
         ranks: dict[str, int] = {}
-        any_bias = any(self.peft_config[name].lora_bias for name in weights)
+        any_bias = any(self.lora_config(name).lora_bias for name in weights)
         for layer in self._layers:
             present = [name for name in weights if name in layer.lora_A or name in layer.lora_embedding_A]
             if not present:
@@ -342,7 +348,7 @@ class ExpertLifecycle:
             raise TypeError(f"an expert is made from a LoraConfig or an adapter's folder or id, not {source!r:.80}.")
         check_mixable(source)
         first = 0 if self.moe_config.router_layer == "last" else self.router_layer_index
-        return self.placement.fresh_expert(self.get_base_model(), source, first)
+        return self.placement.fresh_expert(cast(PreTrainedModel, self.get_base_model()), source, first)
 
     def _load_expert(self: DyLoraMoE, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:  # type: ignore[misc]
         """Copy validated `tensors` (stock keys) into an expert; `keep_dtype` takes over the file's dtype."""

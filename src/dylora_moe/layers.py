@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -158,14 +158,14 @@ def dense_form(layer: LoraLayer, names: tuple[str, ...], present: list[str]) -> 
     """The two-GEMM form of a layer's experts, or None where only the reference loop is exact."""
     if layer.lora_embedding_A or any(name in layer.lora_variant for name in present):
         return None
-    rates = {
-        m.p if isinstance(m, nn.Dropout) and m.training else 0.0 for m in map(layer.lora_dropout.__getitem__, present)
-    }
+    drops = [cast(nn.ModuleDict, layer.lora_dropout)[name] for name in present]
+    rates = {drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in drops}
     if len(rates) > 1:  # experts with different dropout need a mask each
         return None
+    lora_A = cast(Any, layer.lora_A)
     return DenseMixture(
         columns=tuple(names.index(name) for name in present),
-        ranks=tuple(layer.lora_A[name].weight.shape[0] for name in present),
+        ranks=tuple(int(lora_A[name].weight.shape[0]) for name in present),
         scalings=tuple(layer.scaling[name] for name in present),
         dropout=rates.pop() if rates else 0.0,
     )
@@ -176,7 +176,7 @@ def plain_base(layer: LoraLayer) -> tuple[Tensor | None, Tensor | None]:
 
     Quantized, hooked, offloaded and trainable base layers are only ever called.
     """
-    base = layer.base_layer
+    base: Any = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
         return None, None
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
@@ -198,7 +198,7 @@ def _peft_class(routed: type) -> type:
 
 def _bare_instance(peft_class: type) -> nn.Module:
     routed = routed_class(peft_class)
-    return routed.__new__(routed)
+    return cast(Any, routed).__new__(routed)
 
 
 def route_layers(model: LoraModel, routing: Routing) -> None:
@@ -209,7 +209,7 @@ def route_layers(model: LoraModel, routing: Routing) -> None:
     """
     layers = []
     for name, config in model.peft_config.items():
-        check_mixable(config, name)
+        check_mixable(cast(LoraConfig, config), name)
     for path, module in model.model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"{path} is kept whole per adapter (modules_to_save); it cannot be mixed per token.")
@@ -294,7 +294,7 @@ class RoutedPeftModel:
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names and routing_weights both choose adapters; pass one of the two.")
         batch, length = input_shape(args, kwargs)
-        names = tuple(cast(PeftModel, self).base_model.active_adapters)
+        names = tuple(cast(Any, self).base_model.active_adapters)
         weights = check_weights(weights, len(names), batch, None if generating else length)
         route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
         keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)
@@ -317,7 +317,7 @@ def _routed_peft_class(peft_class: type) -> type:
 
 def _bare_peft_model(peft_class: type) -> nn.Module:
     routed = _routed_peft_class(peft_class)
-    return routed.__new__(routed)
+    return cast(Any, routed).__new__(routed)
 
 
 def enable_routing(peft_model: PeftModel) -> PeftModel:
@@ -395,4 +395,4 @@ def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
                 "reentrant gradient checkpointing (torch's default) would silently lose the gradient of the routing "
                 'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        module._gradient_checkpointing_func = KeepRouting(function, routing)
+        cast(Any, module)._gradient_checkpointing_func = KeepRouting(function, routing)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import passes, routing
@@ -19,6 +19,7 @@ from .base import load_base
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
+from .hooks import PassHooks
 from .layers import Routing, check_weights, input_shape, route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
@@ -27,7 +28,7 @@ from .router import Router
 from .trace import RoutingTrace
 
 
-class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
+class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
 
     It is a `PeftModelForCausalLM`, so Trainer, TRL, accelerate, pipelines and evaluation harnesses treat it as one.
@@ -39,6 +40,8 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
         router: the `Router`.
         expert_states: name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`.
     """
+
+    base_model: Any  # a peft.LoraModel
 
     def __init__(
         self,
@@ -197,18 +200,6 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
         from .checkpoint import save_mixture
 
         save_mixture(self, save_directory, state_dict=state_dict, **kwargs)
-
-    def _install_hooks(self, base: nn.Module) -> None:
-        decoder = self.placement.decoder(base)
-        self._hooks = [
-            base.register_forward_pre_hook(self._before_base),
-            base.register_forward_hook(self._after_base, always_call=True),
-            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, always_call=True),
-        ]
-        if self.router_layer_index < self.placement.num_layers:
-            layer = self.placement.layers(base)[self.router_layer_index]
-            self._hooks.append(layer.register_forward_pre_hook(self._before_router_layer, with_kwargs=True))
 
     def _refresh(self) -> None:
         """Bring everything derived from the set of experts up to date."""
@@ -395,30 +386,6 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PeftModelForCausalLM):
         if k is None:
             return routing.dense(logits, config.temperature)
         return routing.top_k(logits, k, config.temperature)
-
-    # ------------------------------------------------------------------ hooks
-
-    def _before_base(self, base: nn.Module, args: Any) -> None:
-        self._inside_base = True
-
-    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
-        self._inside_base = False
-        self.routing.reset()
-
-    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> Any:
-        return passes.start_pass(self, decoder, args, kwargs)
-
-    def _before_router_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        request = self._current
-        if request is not None and request.decision is not None and request.decision.pending:
-            passes.read(self, args[0] if args else kwargs["hidden_states"])
-
-    def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        request, self._current = self._current, None
-        if self._trace is not None and request is not None and request.decision is not None:
-            self._trace.record(request.decision)
-        if not self._inside_base:  # else the language-model head may carry experts, too
-            self.routing.reset()
 
 
 def _has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

@@ -143,7 +143,7 @@ def _force(model: DyLoraMoE, decision: Decision) -> None:
     one_hot = policies.one_hot_weights([c if c >= 0 else None for c in columns], len(names), device)
     decision.weights = one_hot
     if torch.compiler.is_compiling():  # one graph for every forced expert
-        model.routing.mix(names, one_hot)
+        model.routing.mix(tuple(names), one_hot)
     elif len(set(columns)) == 1:
         model.routing.force([names[c] for c in used])
     else:  # unused experts must get no gradient, not a zero one
@@ -237,7 +237,7 @@ def _filled(cache: Any) -> bool:
     return isinstance(cache, Cache) and len(cache.layers) > 0 and cache.get_seq_length() > 0
 
 
-def _own_cache(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | None:
+def _own_cache(model: DyLoraMoE, decoder: Any, kwargs: dict) -> Cache | None:
     """The k layers of cache for the routing pass; None if the call keeps none.
 
     At token granularity they are k extra layers at the end of the main pass' cache (made here if the decoder would make
@@ -256,7 +256,7 @@ def _own_cache(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | No
         cache = kwargs["past_key_values"] = _with_layers(DynamicCache(config=decoder.config), count)
         cache.layers.extend(
             _with_layers(DynamicCache(config=decoder.config), count).layers[:k]
-        )  # a copy cannot compile
+        )  # no deepcopy: it cannot compile
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values of type {type(cache).__name__}: pass a transformers Cache.")
     _with_layers(cache, count)
@@ -264,7 +264,8 @@ def _own_cache(model: DyLoraMoE, decoder: nn.Module, kwargs: dict) -> Cache | No
         return Cache(layers=copy.deepcopy(cache.layers[:k]))
     if len(cache.layers) == count and not _filled(cache):
         cache.layers.extend(copy.deepcopy(cache.layers[:k]))
-    seen = cache.layers[count].get_seq_length() if len(cache.layers) == count + k else -1
+    own: Any = cache.layers[count] if len(cache.layers) == count + k else None
+    seen = -1 if own is None else own.get_seq_length()
     if seen != cache.get_seq_length():
         raise ValueError(
             "this cache was filled without the routing pass (by a forced or base pass); start the routed sequence with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import stock_lora
 
@@ -36,7 +38,7 @@ class Placement:
     num_layers: int
 
     @classmethod
-    def of(cls, base: nn.Module) -> Placement:
+    def of(cls, base: PreTrainedModel) -> Placement:
         """Find the decoder layers of a transformers causal language model.
 
         Raises:
@@ -44,7 +46,7 @@ class Placement:
         """
         config = base.config.get_text_config()
         count = config.num_hidden_layers
-        decoder = base.get_decoder()
+        decoder: Any = base.get_decoder()
         path = next(path for path, module in base.named_modules() if module is decoder)
         for name, child in decoder.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -75,7 +77,7 @@ class Placement:
         inside_decoder = path.startswith(f"{self.decoder_path}.") if self.decoder_path else True
         return BEFORE_THE_LAYERS if inside_decoder and not path.endswith("project_out") else self.num_layers
 
-    def targets(self, base: nn.Module, config: LoraConfig, first_layer: int) -> list[str]:
+    def targets(self, base: PreTrainedModel, config: LoraConfig, first_layer: int) -> list[str]:
         """Full names of the modules that a *new* expert with `config` adapts.
 
         Patterns and `"all-linear"` are restricted to decoder layers `first_layer` … L-1, unless the configuration
@@ -114,7 +116,7 @@ class Placement:
             )
         return matches
 
-    def fresh_expert(self, base: nn.Module, source: LoraConfig, first_layer: int) -> LoraConfig:
+    def fresh_expert(self, base: PreTrainedModel, source: LoraConfig, first_layer: int) -> LoraConfig:
         """The stock configuration of a new expert after `source`, its targets written out; see `targets`."""
         targets = self.targets(base, source, first_layer)
         return stock_lora(source, target_modules=targets, layers_to_transform=None, exclude_modules=None)

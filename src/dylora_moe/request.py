@@ -80,7 +80,7 @@ def check_experts(experts: Any, names: Sequence[str], batch: int | None) -> str 
     if experts is None:
         return None
     known = (*names, BASE)
-    entries = [experts] if isinstance(experts, str) else list(experts)
+    entries: list[str | None] = [experts] if isinstance(experts, str) else list(experts)
     for name in entries:
         if name is not None and name not in known:
             raise ValueError(f"unknown expert {name!r}; the experts are {', '.join(names)} (or {BASE!r} for none).")

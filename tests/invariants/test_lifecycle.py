@@ -115,7 +115,7 @@ def test_a_new_expert_changes_no_routed_output_until_it_is_routed(architecture):
     for train in (True, False):
         out = model.train(train)(tokens())
         assert difference(out.logits, expected[train].logits) <= 1e-6
-        assert torch.equal(out.routing_weights[..., :3], expected[train].routing_weights)
+        assert difference(out.routing_weights[..., :3], expected[train].routing_weights) <= 1e-6
         assert not out.routing_weights[..., 3].any()
         assert out.router_logits[..., 3].eq(-torch.inf).all()
     labelled = model.train()(tokens(), labels=tokens())

@@ -145,5 +145,5 @@ def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool
     prompt = as_row(example, chat, separator)["prompt"]
     if chat:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(str(text), add_special_tokens=False).input_ids
     return tokenizer(prompt).input_ids

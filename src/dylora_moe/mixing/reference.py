@@ -42,7 +42,7 @@ def reference_mixture(layer: LoraLayer, x: Tensor, weights: Tensor, names: Seque
     return result.to(base.dtype)
 
 
-def expert_delta(layer: LoraLayer, name: str, x: Tensor, base: Tensor) -> Tensor:
+def expert_delta(layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
     """What expert `name` alone adds to the layer's output `base`, in the expert's dtype."""
     if name in layer.lora_variant:  # DoRA scales the base's output too: take the difference
         if not isinstance(layer, Embedding):

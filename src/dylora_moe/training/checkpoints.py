@@ -61,7 +61,7 @@ def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
         CheckpointError: a file is missing, damaged or of another mixture; the mixture is left as it was.
     """
     folder = Path(folder)
-    base = mixture.get_base_model()
+    base: Any = mixture.get_base_model()
     adapters = {name: read_adapter(folder / name, base, name) for name in mixture.expert_names}
     for name, adapter in adapters.items():
         for key, _, parameter in mixture.expert_tensors(name):

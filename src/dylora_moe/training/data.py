@@ -169,7 +169,7 @@ def encode(
     if chat:
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        prompt_ids, ids = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, text))
+        prompt_ids, ids = (tokenizer(str(part), add_special_tokens=False).input_ids for part in (prompt, text))
     else:
         prompt_ids = tokenizer(row["prompt"]).input_ids
         ids = tokenizer(row["prompt"] + row["completion"] + (tokenizer.eos_token or "")).input_ids

@@ -343,7 +343,7 @@ def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
     """A single LoRA on the mixture's layers whose rank is the sum of the experts' and whose scaling is the same."""
     config = mixture.moe_config
     targets = sorted({layer.routing_name for layer in mixture._layers})
-    total = sum(mixture.peft_config[name].r for name in mixture.expert_names)
+    total = sum(mixture.lora_config(name).r for name in mixture.expert_names)
     return config.expert_config(
         r=total,
         lora_alpha=config.lora_alpha * total / config.r,

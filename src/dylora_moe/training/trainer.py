@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T tokens, n router outputs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from dylora_moe import routing
 from dylora_moe.files import CheckpointError
@@ -192,7 +192,7 @@ class MoETrainer(SFTTrainer):
         if self.force_domains and domains is not None:
             names = self.mixture.expert_names
             inputs["experts"] = [names[i] for i in domains.tolist()]
-        if self.label_smoother is not None and self.args.loss_type == "nll":
+        if self.label_smoother is not None and cast(SFTConfig, self.args).loss_type == "nll":
             loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -212,7 +212,7 @@ class MoETrainer(SFTTrainer):
         if self.mixture.training:
             count = inputs["input_ids"].numel() if mask is None else mask.sum()
             count = torch.as_tensor(count, device=loss.device)
-            self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum())
+            self._total_train_tokens += int(torch.as_tensor(self.accelerator.gather_for_metrics(count)).sum())
         self._metrics["train" if self.mixture.training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return loss, outputs
 
