@@ -121,7 +121,7 @@ MIXTURE_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "small router": (
         "router.safetensors",
         change_tensors(lambda tensors: tensors.update(up=torch.ones(2, 64))),
-        "up has shape [2, 64], the router of moe_config.json expects [3, 64]",
+        "up has shape [2, 64], the router of the mixture expects [3, 64]",
     ),
     "half a router": ("router.safetensors", change_tensors(lambda tensors: tensors.pop("down")), "first down"),
     "other router": (

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, D in, O out, R rank, E experts, L decoder layers.
 
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -26,6 +27,24 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "below": {"router_layer": 2, "layers_to_transform": [0, 1, 2, 3]},
 }
 """Every way the router can stand to the experts: settings of `tiny_mixture`."""
+
+COMBINATIONS = [
+    *(("llama", placement) for placement in PLACEMENTS),
+    ("qwen2", "middle"),
+    ("gpt2", "first"),
+    ("gpt2", "below"),
+    ("opt", "middle"),
+    ("opt", "last"),
+    ("gemma2", "middle"),
+    ("gemma2", "last"),
+    ("gemma2", "below"),
+]
+"""Every architecture and every placement, together where the pair is unlike the others."""
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+every_combination = pytest.mark.parametrize(("architecture", "placement"), COMBINATIONS)
+every_granularity = pytest.mark.parametrize("granularity", ["token", "sequence"])
 
 _GROUPED = {
     "hidden_size": WIDTH,
@@ -65,6 +84,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 ATTENTION_INPUT = {"gpt2": "c_attn"}
 """The module that feeds attention, by architecture; `q_proj` elsewhere."""
+TARGETS = {"gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "v_proj", "fc2"]}
+"""What the experts of a tiny mixture adapt, by architecture: few modules, for speed."""
 
 
 def tiny_base(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
@@ -82,7 +103,7 @@ def tiny_base(architecture: str = "llama", dtype: torch.dtype = torch.float32, s
 
 
 def tiny_config(**changes: Any) -> MoELoraConfig:
-    """Three experts of rank 3 with non-zero B on every linear layer, router at layer 1."""
+    """Three experts of rank 3 with non-zero B on every linear layer, router at layer 1, unless told otherwise."""
     settings = {
         "expert_names": list(NAMES),
         "r": 3,
@@ -105,6 +126,7 @@ def tiny_mixture(
     base = tiny_base(architecture, dtype) if base is None else base
     if experts is not None:
         changes["expert_names"] = list(experts)
+    changes.setdefault("target_modules", TARGETS.get(architecture, ["q_proj", "v_proj", "down_proj"]))
     model = DyLoraMoE(base, tiny_config(**changes), experts=experts)
     model.router.up.data.mul_(10)
     return model.eval()

@@ -26,8 +26,7 @@ from .config import check_mixable
 from .mixing.align import align_weights
 from .mixing.dense import DenseMixture, compute_dtype, dense_mixture, expand, pack
 from .mixing.reference import reference_mixture
-
-Packed = tuple[DenseMixture, Tensor, Tensor]
+from .request import CallLock, check_weights, input_shape
 
 
 @dataclass
@@ -38,16 +37,18 @@ class Routing:
         names: the experts that the columns of `weights` belong to.
         weights: `[B, S or 1, E]`, or None if no mixing is in force.
         forced: PEFT's own forward with exactly these adapters active ([] for the base), or None.
-        packed: concatenated matrices by layer name, for the length of one `generate` call; None outside. They can
-            not outlive it, so no optimizer step, load or `.data` write can make them stale.
+        packed: concatenated matrices by layer, dtype and experts, for the length of one `generate` call; None outside.
+            They can not outlive it, so no optimizer step, load or `.data` write can make them stale.
         reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
+        lock: held by the thread whose routing is in force; threads that share a model take turns.
     """
 
     names: tuple[str, ...] = ()
     weights: Tensor | None = None
     forced: list[str] | None = None
-    packed: dict[str, Packed] | None = field(default=None, repr=False)
+    packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     reached: dict[str, int] | None = None
+    lock: CallLock = field(default_factory=CallLock, repr=False)
 
     @property
     def in_force(self) -> bool:
@@ -126,11 +127,11 @@ class RoutedLayer:
         lora_B = [layer.lora_B[name].weight for name in present]
         packed = self.routing.packed
         if packed is not None and not torch.is_grad_enabled() and not mixture.dropout:
-            key = f"{self.routing_name} {mixture.columns}"
             dtype = compute_dtype(flat)
-            if key not in packed or packed[key][1].dtype != dtype:
-                packed[key] = (mixture, *pack(lora_A, lora_B, dtype))
-            _, A, B = packed[key]
+            key = (self.routing_name, dtype, *present)
+            if key not in packed:
+                packed[key] = pack(lora_A, lora_B, dtype)
+            A, B = packed[key]
             y = expand(
                 flat, weight, bias, nn.functional.linear(flat.to(dtype), A) * mixture.gates(flat_gates, dtype), B
             )
@@ -236,43 +237,6 @@ def routed_layers(model: nn.Module) -> list[LoraLayer]:
     return [cast(LoraLayer, m) for m in model.modules() if isinstance(m, RoutedLayer)]
 
 
-def check_weights(weights: Any, num_experts: int, batch: int | None, length: int | None) -> Tensor:
-    """Bring caller-given weights to `[B or 1, S or 1, E]`.
-
-    Args:
-        weights: `[E]`, `[B, E]` or `[B, S, E]`, any float dtype.
-        num_experts: E.
-        batch, length: B and S of the input if known; `length=None` refuses `[B, S, E]` (generation).
-
-    Raises:
-        TypeError: not a float tensor.
-        ValueError: wrong shape or a value that is not finite.
-    """
-    accepted = f"[{num_experts}] or [batch, {num_experts}]" + (
-        f" or [batch, sequence, {num_experts}]" if length else ""
-    )
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"routing_weights must be a float tensor of shape {accepted}, not {weights!r:.80}.")
-    shape = tuple(weights.shape)
-    given = weights
-    if weights.dim() == 1:
-        weights = weights[None, None]
-    elif weights.dim() == 2:
-        weights = weights[:, None]
-    fits = given.dim() in ((1, 2, 3) if length else (1, 2)) and shape[-1] == num_experts
-    if fits and batch is not None:
-        fits = weights.shape[0] == batch if given.dim() > 1 else True
-    if not fits or (given.dim() == 3 and weights.shape[1] != length):
-        raise ValueError(
-            f"routing_weights has shape {list(shape)}; expected {accepted}"
-            + (f" with batch={batch}" if batch is not None else "")
-            + (f" and sequence={length}." if length else ".")
-        )
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(weights.detach()).all()):
-        raise ValueError("routing_weights holds values that are not finite (NaN or infinity).")
-    return weights
-
-
 class RoutedPeftModel:
     """Mix-in for a PEFT model without a router of ours: `routing_weights=` in `forward` and `generate`."""
 
@@ -288,23 +252,24 @@ class RoutedPeftModel:
 
     @contextmanager
     def _given(self, weights: Tensor | None, args: Any, kwargs: Any, generating: bool) -> Iterator[None]:
-        if weights is None:
-            yield
-            return
-        if kwargs.get("adapter_names") is not None:
+        if weights is not None and kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names and routing_weights both choose adapters; pass one of the two.")
-        batch, length = input_shape(args, kwargs)
-        names = tuple(cast(Any, self).base_model.active_adapters)
-        weights = check_weights(weights, len(names), batch, None if generating else length)
-        route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
-        keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)
-        self.routing.mix(names, weights)
-        self.routing.packed = {} if generating else None
-        try:
-            yield
-        finally:
-            self.routing.reset()
-            self.routing.packed = None
+        with self.routing.lock.turn():
+            if weights is None:
+                yield
+                return
+            batch, length = input_shape(args, kwargs)
+            names = tuple(cast(PeftModel, self).base_model.active_adapters)
+            weights = check_weights(weights, len(names), batch, None if generating else length)
+            route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
+            keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)
+            self.routing.mix(names, weights)
+            self.routing.packed = {} if generating else None
+            try:
+                yield
+            finally:
+                self.routing.reset()
+                self.routing.packed = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare_peft_model, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
@@ -350,14 +315,6 @@ def enable_routing(peft_model: PeftModel) -> PeftModel:
     return peft_model
 
 
-def input_shape(args: Any, kwargs: Any) -> tuple[int | None, int | None]:
-    """Batch and length of a model call, from whichever input it was given."""
-    for value in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
-        if isinstance(value, Tensor):
-            return value.shape[0], value.shape[1]
-    return None, None
-
-
 class KeepRouting:
     """Wraps a checkpoint function so that the recompute sees the routing of its own forward."""
 
@@ -370,7 +327,7 @@ class KeepRouting:
         def with_routing(*inputs: Any, **options: Any) -> Any:
             nonlocal reached
             counts, reached = reached, None  # the forward counts, the recompute does not
-            with self.routing.restored(state, counts):
+            with self.routing.lock.turn(), self.routing.restored(state, counts):
                 return function(*inputs, **options)
 
         return self.checkpoint(with_routing, *args, **kwargs)

@@ -20,10 +20,10 @@ from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
 from .hooks import PassHooks
-from .layers import Routing, check_weights, input_shape, route_layers, routed_layers
+from .layers import Routing, route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
-from .request import CallLock, Request, check_experts
+from .request import Request, check_experts, check_weights, input_shape
 from .router import Router
 from .trace import RoutingTrace
 
@@ -89,7 +89,6 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         self._records: list[passes.RouterRecord] | None = None
         self._trace: RoutingTrace | None = None
         self._inside_base = False
-        self._lock = CallLock()
         base.config.keys_to_ignore_at_inference = ["past_key_values", "routing_weights", "router_logits"]
         self._layers: list[Any] = []
         self._needs_routing_pass = False
@@ -322,17 +321,13 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
 
     @contextmanager
     def _call(self, request: Request) -> Iterator[None]:
-        eager = not torch.compiler.is_compiling()
-        if eager:
-            self._lock.acquire()
-        outer, self._request = self._request, request
-        try:
-            yield
-        finally:
-            self._request, self._current = outer, None
-            self.routing.reset()
-            if eager:
-                self._lock.release()
+        with self.routing.lock.turn():
+            outer, self._request = self._request, request
+            try:
+                yield
+            finally:
+                self._request, self._current = outer, None
+                self.routing.reset()
 
     def _result(self, output: Any, request: Request, labelled: bool) -> MoECausalLMOutput:
         decision = request.decision

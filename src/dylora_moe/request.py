@@ -6,7 +6,8 @@ Shapes: B batch, S sequence, E experts, n router outputs (E, plus one with a bas
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +92,51 @@ def check_experts(experts: Any, names: Sequence[str], batch: int | None) -> str 
     return entries
 
 
+def check_weights(weights: Any, num_experts: int, batch: int | None, length: int | None) -> Tensor:
+    """Bring caller-given weights to `[B or 1, S or 1, E]`.
+
+    Args:
+        weights: `[E]`, `[B, E]` or `[B, S, E]`, any float dtype.
+        num_experts: E.
+        batch, length: B and S of the input if known; `length=None` refuses `[B, S, E]` (generation).
+
+    Raises:
+        TypeError: not a float tensor.
+        ValueError: wrong shape or a value that is not finite.
+    """
+    accepted = f"[{num_experts}] or [batch, {num_experts}]" + (
+        f" or [batch, sequence, {num_experts}]" if length else ""
+    )
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        raise TypeError(f"routing_weights must be a float tensor of shape {accepted}, not {weights!r:.80}.")
+    shape = tuple(weights.shape)
+    given = weights
+    if weights.dim() == 1:
+        weights = weights[None, None]
+    elif weights.dim() == 2:
+        weights = weights[:, None]
+    fits = given.dim() in ((1, 2, 3) if length else (1, 2)) and shape[-1] == num_experts
+    if fits and batch is not None:
+        fits = weights.shape[0] == batch if given.dim() > 1 else True
+    if not fits or (given.dim() == 3 and weights.shape[1] != length):
+        raise ValueError(
+            f"routing_weights has shape {list(shape)}; expected {accepted}"
+            + (f" with batch={batch}" if batch is not None else "")
+            + (f" and sequence={length}." if length else ".")
+        )
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(weights.detach()).all()):
+        raise ValueError("routing_weights holds values that are not finite (NaN or infinity).")
+    return weights
+
+
+def input_shape(args: Any, kwargs: Any) -> tuple[int | None, int | None]:
+    """Batch and length of a model call, from whichever input it was given."""
+    for value in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
+        if isinstance(value, Tensor):
+            return value.shape[0], value.shape[1]
+    return None, None
+
+
 class CallLock:
     """A re-entrant lock that may be copied and pickled with its model: a copy gets a lock of its own.
 
@@ -100,13 +146,14 @@ class CallLock:
     def __init__(self) -> None:
         self._lock = threading.RLock()
 
-    def acquire(self) -> None:
-        """Wait until no other thread is inside."""
-        self._lock.acquire()
-
-    def release(self) -> None:
-        """Let the next thread in."""
-        self._lock.release()
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other thread is inside; a compiled graph takes no lock."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        with self._lock:
+            yield
 
     def __deepcopy__(self, memo: dict) -> CallLock:
         return CallLock()

@@ -4,6 +4,7 @@ Float64 bases, so that the policies cannot flip. 1e-5, because norms and routers
 float32, and an ulp of it grows tenfold through layers with weights this large.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from dylora_moe import DyLoraMoE
 from tiny import (
-    ARCHITECTURES,
     NAMES,
     PLACEMENTS,
     difference,
+    every_combination,
+    every_granularity,
+    every_placement,
     left_padded,
     positions,
     tiny_base,
@@ -26,11 +29,9 @@ from tiny import (
 
 TOLERANCE = 1e-5
 NEW = 7
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
-every_granularity = pytest.mark.parametrize("granularity", ["token", "sequence"])
 
 
+@functools.cache  # no call may change a mixture
 def mixture(architecture: str, placement: str, granularity: str = "token", **changes: Any) -> DyLoraMoE:
     settings = {"dtype": torch.float64, **PLACEMENTS[placement], "granularity": granularity, **changes}
     return tiny_mixture(architecture, **settings)
@@ -56,8 +57,7 @@ def assert_same_as_full_forward(model: DyLoraMoE, out: Any, prompt: int, **optio
 
 
 @every_granularity
-@every_placement
-@every_architecture
+@every_combination
 def test_greedy(architecture, placement, granularity):
     model = mixture(architecture, placement, granularity)
     ids = tokens(2, 6)
@@ -84,9 +84,8 @@ def test_sampling_with_a_seed(placement, granularity):
 
 @every_granularity
 @every_placement
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
-def test_beams(architecture, placement, granularity):
-    model = mixture(architecture, placement, granularity)
+def test_beams(placement, granularity):
+    model = mixture("gpt2", placement, granularity)
     ids = tokens(2, 6)
     out = generate(model, ids, num_beams=3, num_return_sequences=2, output_scores=True)
     logits = full_forward(model, out.sequences, 6).logits[:, 5:-1].log_softmax(-1)
@@ -97,8 +96,7 @@ def test_beams(architecture, placement, granularity):
 
 
 @every_granularity
-@every_placement
-@every_architecture
+@every_combination
 def test_left_padded_batch(architecture, placement, granularity):
     # transformers' Gemma 2 gives NaN for left padding in float64
     dtype = torch.float32 if architecture == "gemma2" else torch.float64
@@ -134,8 +132,7 @@ def test_streamer(placement):
     assert streamer.ended
 
 
-@every_placement
-@every_architecture
+@every_combination
 def test_cache_continued_in_pieces(architecture, placement):
     model, ids = mixture(architecture, placement), tokens(2, 13)
     expected = model(ids, use_cache=False)
@@ -163,9 +160,8 @@ def test_a_second_turn_on_the_cache_of_the_first(placement):
 
 @every_granularity
 @every_placement
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_static_cache(architecture, placement, granularity):
-    model = mixture(architecture, placement, granularity)
+def test_static_cache(placement, granularity):
+    model = mixture("gemma2", placement, granularity)
     out = generate(model, tokens(2, 6), cache_implementation="static", disable_compile=True)
     assert torch.equal(out.sequences, generate(model, tokens(2, 6)).sequences)
     assert_same_as_full_forward(model, out, 6)
@@ -209,8 +205,7 @@ def test_all_rows_forced_to_different_experts(placement, granularity):
     assert_same_as_full_forward(model, out, 6, experts=["blue", "red", "blue"])
 
 
-@every_placement
-@every_architecture
+@every_combination
 def test_given_weights(architecture, placement):
     model, ids = mixture(architecture, placement), tokens(2, 6)
     for weights in (torch.tensor([0.2, 0.5, -0.4]), torch.randn(2, 3)):

@@ -10,12 +10,22 @@ from peft import get_peft_model
 from torch import Tensor
 
 from dylora_moe import DyLoraMoE, enable_routing
-from tiny import ARCHITECTURES, LAYERS, NAMES, PLACEMENTS, gradients, mixed_experts, tiny_base, tiny_mixture, tokens
+from tiny import (
+    LAYERS,
+    NAMES,
+    PLACEMENTS,
+    every_architecture,
+    every_combination,
+    every_placement,
+    gradients,
+    mixed_experts,
+    tiny_base,
+    tiny_mixture,
+    tokens,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
 SWITCHES: dict[str, Callable[[DyLoraMoE], Any]] = {
     "model": lambda model: model.gradient_checkpointing_enable(),
@@ -60,8 +70,7 @@ def assert_exact(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], gradient), name
 
 
-@every_placement
-@every_architecture
+@every_combination
 def test_several_forwards_before_one_backward(architecture, placement):
     model = tiny_mixture(architecture, lora_dropout=0.2, **PLACEMENTS[placement]).train()
     expected = several_forwards(model)

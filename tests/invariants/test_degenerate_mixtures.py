@@ -10,13 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_moe import DyLoraMoE
-from tiny import ARCHITECTURES, NAMES, PLACEMENTS, difference, gradients, stock_adapter, tiny_base, tiny_mixture, tokens
+from tiny import (
+    NAMES,
+    PLACEMENTS,
+    difference,
+    every_architecture,
+    every_combination,
+    gradients,
+    stock_adapter,
+    tiny_base,
+    tiny_mixture,
+    tokens,
+)
 
 TOLERANCE = {"gpt2": 1e-12, "opt": 1e-12, "llama": 1e-6, "qwen2": 1e-6, "gemma2": 1e-6}
 ROUTED = 1e-6
 """Where the weights come from the router, whose float32 softmax sums to 1 only to an ulp."""
-
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def equal_experts(architecture: str, **changes) -> DyLoraMoE:
@@ -40,8 +49,7 @@ def test_equal_experts_under_any_weights(architecture):
         assert difference(model(ids, routing_weights=weights).logits, expected) <= TOLERANCE[architecture]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@every_architecture
+@every_combination
 def test_equal_experts_routed(architecture, placement):
     model = equal_experts(architecture, **PLACEMENTS[placement])
     ids = tokens()
@@ -50,10 +58,15 @@ def test_equal_experts_routed(architecture, placement):
     assert difference(model.train()(ids).logits, expected) <= ROUTED
 
 
+@pytest.fixture(scope="module")
+def one_mixture() -> DyLoraMoE:
+    return equal_experts("opt")
+
+
 @settings(max_examples=25)
 @given(raw=st.lists(st.floats(-3, 3), min_size=3, max_size=3), length=st.integers(1, 7))
-def test_random_weights(raw, length):
-    model, ids = equal_experts("opt"), tokens(1, length)
+def test_random_weights(one_mixture, raw, length):
+    model, ids = one_mixture, tokens(1, length)
     weights = torch.tensor(raw, dtype=torch.float64)
     weights[0] += 1 - weights.sum()
     expected = model(ids, experts="green").logits
@@ -70,11 +83,10 @@ def test_equal_experts_share_the_gradient_of_the_single_adapter(architecture):
     found = gradients(model)
     for name, gradient in gradients(stock).items():
         for share, expert in zip(weights, NAMES, strict=True):
-            assert difference(found[name.replace(".red.", f".{expert}.")], share * gradient) <= 1e-6
+            assert difference(found[name.replace(".red.", f".{expert}.")], share * gradient) <= 10 * ROUTED
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@every_architecture
+@every_combination
 def test_a_zero_delta_leaves_the_base(architecture, placement):
     model = tiny_mixture(architecture, torch.float64, init_lora_weights=True, **PLACEMENTS[placement])
     expected = tiny_base(architecture, torch.float64)(tokens()).logits

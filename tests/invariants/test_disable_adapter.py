@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from dylora_moe import DyLoraMoE
-from tiny import ARCHITECTURES, PLACEMENTS, gradients, tiny_base, tiny_mixture, tokens
-
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+from tiny import PLACEMENTS, every_architecture, every_combination, gradients, tiny_base, tiny_mixture, tokens
 
 
 def everything(model: DyLoraMoE) -> dict[str, Any]:
@@ -24,26 +22,25 @@ def everything(model: DyLoraMoE) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-@every_architecture
-def test_is_the_base_and_restores(architecture, train, placement):
-    model = tiny_mixture(architecture, lora_dropout=0.3, **PLACEMENTS[placement]).train(train)
-    base = tiny_base(architecture).train(train)
+@every_combination
+def test_is_the_base_and_restores(architecture, placement):
+    model, base = tiny_mixture(architecture, lora_dropout=0.3, **PLACEMENTS[placement]), tiny_base(architecture)
     model.freeze_expert("green")
     model.router.down.requires_grad_(False)
-    model._layers[0].eval()  # a mode of its own
-    before, ids = everything(model), tokens()
-    expected = base(ids, labels=ids)
-    with model.disable_adapter():
-        out = model(ids, labels=ids)
-        assert torch.equal(out.logits, expected.logits)
-        assert torch.equal(out.loss, expected.loss)
-        assert out.routing_weights is None
-        assert out.router_logits is None
-        assert out.aux_loss is None
-        assert torch.equal(model.get_base_model()(ids).logits, expected.logits)
-    assert everything(model) == before
+    ids = tokens()
+    for train in (True, False):
+        model.train(train)
+        model._layers[0].train(not train)  # a mode of its own
+        before, expected = everything(model), base.train(train)(ids, labels=ids)
+        with model.disable_adapter():
+            out = model(ids, labels=ids)
+            assert torch.equal(out.logits, expected.logits)
+            assert torch.equal(out.loss, expected.loss)
+            assert out.routing_weights is None
+            assert out.router_logits is None
+            assert out.aux_loss is None
+            assert torch.equal(model.get_base_model()(ids).logits, expected.logits)
+        assert everything(model) == before
 
 
 @every_architecture

@@ -10,12 +10,14 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dylora_moe import routing
 from tiny import (
-    ARCHITECTURES,
     NAMES,
     PLACEMENTS,
     VOCAB,
     assert_same_gradients,
     difference,
+    every_architecture,
+    every_granularity,
+    every_placement,
     gradients,
     left_padded,
     positions,
@@ -24,7 +26,6 @@ from tiny import (
 )
 
 TOLERANCE = 1e-6
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def padded(side: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,8 +107,8 @@ def test_a_padded_row_is_the_row(architecture, side):
     assert_same_gradients(gradients(model), wanted, 100 * TOLERANCE)
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_granularity
+@every_placement
 def test_what_padding_holds_does_not_matter(placement, granularity):
     model = tiny_mixture("llama", granularity=granularity, balance_coefficient=3.0, **PLACEMENTS[placement]).train()
     ids, inputs = padded("left")
@@ -121,7 +122,7 @@ def test_what_padding_holds_does_not_matter(placement, granularity):
     assert results[0] == results[1] == results[2]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_placement
 def test_the_trace_counts_real_tokens(placement):
     model = tiny_mixture("llama", **PLACEMENTS[placement])
     ids, inputs = padded("left")
@@ -156,7 +157,7 @@ def test_forced_rows_enter_no_routing_loss():
     assert model(ids, experts=["red", "base", "red"], **inputs).aux_loss is None
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@every_granularity
 def test_records_score_real_tokens_of_routed_rows(granularity):
     model = tiny_mixture("llama", granularity=granularity).train()
     ids, inputs = padded("left")

@@ -7,12 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from dylora_moe import DyLoraMoE
-from tiny import ARCHITECTURES, LAYERS, PLACEMENTS, gradients, tiny_base, tiny_mixture, tokens
+from tiny import (
+    LAYERS,
+    PLACEMENTS,
+    every_architecture,
+    every_combination,
+    every_granularity,
+    every_placement,
+    gradients,
+    tiny_base,
+    tiny_mixture,
+    tokens,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 PASSES = {"first": 1.0, "middle": 1.0, "last": 2.0, "below": 1.5}
 
 
@@ -37,8 +46,7 @@ class Counter:
         return sum(self.forward) / LAYERS / tokens
 
 
-@every_placement
-@every_architecture
+@every_combination
 def test_training_step_and_evaluation(architecture, placement):
     model = tiny_mixture(architecture, **PLACEMENTS[placement])
     assert model.passes_per_step == PASSES[placement]
@@ -49,9 +57,8 @@ def test_training_step_and_evaluation(architecture, placement):
         assert counter.passes(3 * 9) == PASSES[placement]
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
-@every_placement
-@every_architecture
+@every_granularity
+@every_combination
 def test_generated_tokens(architecture, placement, granularity):
     model = tiny_mixture(architecture, granularity=granularity, **PLACEMENTS[placement])
     counter = Counter(model)

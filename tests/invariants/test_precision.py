@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dylora_moe import DyLoraMoE, enable_routing
 from tiny import (
-    ARCHITECTURES,
     NAMES,
     PLACEMENTS,
     difference,
+    every_architecture,
+    every_combination,
     gradients,
     mixed_experts,
     tiny_base,
@@ -54,8 +55,7 @@ def relative_norm(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@every_combination
 def test_bfloat16_autocast(architecture, placement):
     model = tiny_mixture(architecture, **PLACEMENTS[placement]).train()
     error = {}
@@ -67,7 +67,7 @@ def test_bfloat16_autocast(architecture, placement):
     assert 0 < error[None] <= 5 * error["red"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@every_architecture
 def test_bfloat16_base(architecture):
     model = tiny_mixture(architecture, torch.bfloat16).train()
     exact = copy.deepcopy(model).float()
@@ -86,16 +86,15 @@ def compiled(model: DyLoraMoE) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-def small(architecture: str, **settings: Any) -> DyLoraMoE:
-    """A mixture of two layers, whose base knows its loss (GPT-2 looks it up with a warning, which breaks the graph)."""
-    layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
-    base = tiny_base(architecture, **layers)
+def small(architecture: str, layers: int = 2, **settings: Any) -> DyLoraMoE:
+    """A mixture of few layers, whose base knows its loss (GPT-2 looks it up with a warning, which breaks the graph)."""
+    base = tiny_base(architecture, **{"n_layer" if architecture == "gpt2" else "num_hidden_layers": layers})
     base.loss_type = "ForCausalLM"
     return tiny_mixture(architecture, base=base, **settings)
 
 
 def test_compiled_training_step():
-    model = small("llama").train()
+    model = small("llama", layers=1, router_layer=0).train()
     expected = step(model)
     assert distance(step(compiled(model)), expected) <= COMPILED
 
@@ -103,7 +102,7 @@ def test_compiled_training_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("settings", [{"router_layer": 1}, {"router_layer": "last"}], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@every_architecture
 def test_compiled(architecture, settings, train):
     model = small(architecture, **settings).train(train)
     options = [{}, {"experts": "red"}, {"experts": ["blue", None]}, {"routing_weights": torch.randn(2, 3)}]
@@ -118,7 +117,7 @@ def test_compiled(architecture, settings, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@every_architecture
 def test_compiled_routed_peft_model(architecture):
     experts = mixed_experts(architecture)
     base = tiny_base(architecture)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dylora_moe import DyLoraMoE, enable_routing
 from tiny import (
-    ARCHITECTURES,
     ATTENTION_INPUT,
     NAMES,
     PLACEMENTS,
+    every_architecture,
+    every_combination,
     gradients,
     mixed_experts,
     stock_adapter,
@@ -22,8 +23,6 @@ from tiny import (
     tiny_mixture,
     tokens,
 )
-
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def step(model: Any, **options: Any) -> dict[str, Tensor]:
@@ -79,25 +78,24 @@ def test_the_state_dict_is_that_of_peft(architecture):
     assert routed.routing.names == ()
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-@every_architecture
-def test_a_batch_forced_to_one_expert(architecture, train, placement):
-    settings = {**PLACEMENTS[placement], "lora_dropout": 0.3}
-    model = tiny_mixture(architecture, **settings).train(train)
+@every_combination
+def test_a_batch_forced_to_one_expert(architecture, placement):
+    model = tiny_mixture(architecture, lora_dropout=0.3, **PLACEMENTS[placement])
     stock = stock_adapter(model, tiny_base(architecture), "green")
-    expected = step(stock)
-    assert_bitwise(step(model, experts="green"), expected)
-    assert_bitwise(step(model, experts=["green", "green"]), expected)
-    with model.use_experts("green"):
-        assert_bitwise(step(model), expected)
+    for train in (True, False):
+        expected = step(stock.train(train))
+        model.train(train)
+        assert_bitwise(step(model, experts="green"), expected)
+        assert_bitwise(step(model, experts=["green", "green"]), expected)
+        with model.use_experts("green"):
+            assert_bitwise(step(model), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @every_architecture
-def test_each_of_several_different_experts(architecture, name):
+def test_each_of_several_different_experts(architecture):
     model = tiny_mixture(architecture, experts=mixed_experts(architecture, lora_dropout=0.1)).train()
-    assert_bitwise(step(model, experts=name), step(stock_adapter(model, tiny_base(architecture), name)))
+    for name in NAMES:
+        assert_bitwise(step(model, experts=name), step(stock_adapter(model, tiny_base(architecture), name)))
 
 
 def test_dora_and_an_embedding():
@@ -116,33 +114,32 @@ def test_low_precision(architecture, autocast):
         assert_bitwise(step(model, experts="blue"), step(stock))
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}], ids=str)
 @every_architecture
-def test_generation_by_one_expert(architecture, options):
-    model = tiny_mixture(architecture, router_layer=2, layers_to_transform=[0, 1, 2, 3])
+def test_generation_by_one_expert(architecture):
+    model = tiny_mixture(architecture, **PLACEMENTS["below"])
     stock = stock_adapter(model, tiny_base(architecture), "red")
-    options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **options}
-    torch.manual_seed(3)
-    found = model.generate(tokens(), experts="red", **options)
-    torch.manual_seed(3)
-    expected = stock.generate(tokens(), **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.logits, expected.logits, strict=True):
-        assert torch.equal(ours, theirs)
+    for how in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3}):
+        options = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, **how}
+        torch.manual_seed(3)
+        found = model.generate(tokens(), experts="red", **options)
+        torch.manual_seed(3)
+        expected = stock.generate(tokens(), **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip(found.logits, expected.logits, strict=True):
+            assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-@every_architecture
-def test_forcing_the_base(architecture, train, placement):
-    model = tiny_mixture(architecture, lora_dropout=0.3, **PLACEMENTS[placement]).train(train)
-    base, ids = tiny_base(architecture).train(train), tokens()
-    expected = base(ids, labels=ids)
-    for experts in ("base", ["base", "base"]):
-        out = model(ids, labels=ids, experts=experts)
-        assert torch.equal(out.logits, expected.logits)
-        assert torch.equal(out.loss, expected.loss)
-        assert not out.routing_weights.any()
+@every_combination
+def test_forcing_the_base(architecture, placement):
+    model = tiny_mixture(architecture, lora_dropout=0.3, **PLACEMENTS[placement])
+    base, ids = tiny_base(architecture), tokens()
+    for train in (True, False):
+        expected = base.train(train)(ids, labels=ids)
+        for experts in ("base", ["base", "base"]):
+            out = model.train(train)(ids, labels=ids, experts=experts)
+            assert torch.equal(out.logits, expected.logits)
+            assert torch.equal(out.loss, expected.loss)
+            assert not out.routing_weights.any()
     assert torch.equal(
         model.generate(ids, experts="base", max_new_tokens=5, do_sample=False),
         base.generate(ids, max_new_tokens=5, do_sample=False),

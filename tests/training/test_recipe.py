@@ -61,9 +61,9 @@ def test_to_dict_is_a_recipe_that_reads_back_as_itself():
 
 
 def test_mixture_config_does_not_share_lists_with_the_recipe():
-    recipe = parse_recipe(minimal(mixture={"target_modules": ["q_proj"]}))
-    recipe.mixture_config().layers_to_transform = [1]
-    assert recipe.mixture == {"target_modules": ["q_proj"]}
+    recipe = parse_recipe(minimal(mixture={"layers_to_transform": [7, 8]}))
+    recipe.mixture_config().layers_to_transform.append(9)
+    assert recipe.mixture == {"layers_to_transform": [7, 8]}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
         (minimal(base={"dtype": "int8"}), r"^base\.dtype: expected one of 'float32', .* got 'int8'"),
         (minimal(train={"method": "jiont"}), r"^train\.method: expected one of 'joint', 'staged', got 'jiont'"),
         (minimal(train={"max_steps": "five"}), r"^train\.max_steps: expected an integer, got 'five'"),
+        (minimal(train={"learning_rate": True}), r"^train\.learning_rate: expected a number, got True"),
         (minimal(train={"learning_rate": "fast"}), r"^train\.learning_rate: expected a number, got 'fast'"),
         (minimal(mixture={"r": 2.5}), r"^mixture\.r: expected an integer, got 2\.5"),
         (minimal(mixture={"target_modules": 3}), r"^mixture\.target_modules: expected .*text.*, got 3"),

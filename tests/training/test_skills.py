@@ -42,12 +42,12 @@ def answer_sql(prompt: str) -> str:
 
 
 def answer_date(prompt: str) -> str:
-    for pattern, form in (
-        (r"[A-Z][a-z]+ \d{1,2}, \d{4}", "%B %d, %Y"),
-        (r"\d{1,2} [A-Z][a-z]+ \d{4}", "%d %B %Y"),
-        (r"the \d{1,2} of [A-Z][a-z]+ \d{4}", "the %d of %B %Y"),
-    ):
-        if found := re.search(pattern, re.sub(r"(\d)(st|nd|rd|th) of", r"\1 of", prompt)):
+    if found := re.search(r"the (\d+)(st|nd|rd|th) of", prompt):
+        last = found[1][-1] if found[1] not in ("11", "12", "13") else "0"
+        assert found[2] == {"1": "st", "2": "nd", "3": "rd"}.get(last, "th"), prompt
+        prompt = prompt.replace(found[2] + " of", "")
+    for pattern, form in ((r"[A-Z][a-z]+ \d{1,2}, \d{4}", "%B %d, %Y"), (r"\d{1,2} [A-Z][a-z]+ \d{4}", "%d %B %Y")):
+        if found := re.search(pattern, prompt):
             return datetime.strptime(found[0], form).date().isoformat()
     raise AssertionError(prompt)
 
