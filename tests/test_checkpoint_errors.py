@@ -70,7 +70,7 @@ ADAPTER_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "missing tensor": (
         "adapter_model.safetensors",
         change_tensors(lambda tensors: tensors.pop(KEY)),
-        f"1 of 42 tensors missing, first {KEY}",
+        f"1 of 18 tensors missing, first {KEY}",
     ),
     "unknown tensor": (
         "adapter_model.safetensors",

@@ -125,7 +125,8 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     from .training.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or []).to_dict()
-    console.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), markup=False, highlight=False)
+    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
