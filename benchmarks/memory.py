@@ -153,7 +153,8 @@ def main() -> None:
         table.add_row(row["variant"], *cells)
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps({"arguments": {k: v for k, v in vars(args).items() if k != "json"}, "rows": rows}))
+        arguments = {key: value for key, value in vars(args).items() if key != "json"}
+        args.json.write_text(json.dumps({"arguments": arguments, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

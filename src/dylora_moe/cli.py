@@ -135,9 +135,14 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     _quiet_libraries()
+    from .training.checkpoints import Interrupted
+
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Interrupted as stopped:
+        errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(stopped.exit_code)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         errors.print(f"[bold red]{type(error).__name__}[/]", end=": ")
