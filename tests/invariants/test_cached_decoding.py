@@ -177,6 +177,17 @@ def test_inputs_embeds(placement, granularity):
     assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"experts": ["red", None]}], ids=str)
+def test_experts_on_embeddings_and_head(options):
+    model = tiny_mixture("llama", torch.float64, target_modules=["embed_tokens", "q_proj", "lm_head"], router_layer=2)
+    assert model.passes_per_step > 1
+    ids = tokens(2, 6)
+    out, uncached = generate(model, ids, **options), generate(model, ids, use_cache=False, **options)
+    assert torch.equal(out.sequences, uncached.sequences)
+    if "num_beams" not in options:
+        assert_same_as_full_forward(model, out, 6, **options)
+
+
 @every_granularity
 @every_placement
 def test_one_expert_per_row(placement, granularity):

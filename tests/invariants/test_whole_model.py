@@ -58,6 +58,16 @@ def test_training_step(architecture, placement):
     assert_same_gradients(gradients(model), oracle.gradients(), TOLERANCE)
 
 
+def test_an_expert_on_the_head():
+    model, oracle = pair("llama", target_modules=["q_proj", "lm_head"])
+    ids = tokens()
+    weights = oracle.weights(oracle.logits(ids), k=2)
+    expected = oracle.run(ids, weights).logits
+    assert difference(model(ids).logits, expected) <= TOLERANCE
+    assert difference(model(ids, logits_to_keep=3).logits, expected[:, -3:]) <= TOLERANCE
+    assert difference(model.get_base_model()(ids).logits, expected) <= TOLERANCE
+
+
 @every_combination
 def test_evaluation_keeps_the_best_two(architecture, placement):
     model, oracle = pair(architecture, **PLACEMENTS[placement])
