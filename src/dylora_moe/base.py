@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .embedded import resolve_base
 
 
-def load_base(base: PreTrainedModel | str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, str | None]:
+def load_base(
+    base: PreTrainedModel | str | os.PathLike[str], kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, str | None]:
     """The base model and the name it is saved under (a local folder by its absolute path)."""
     if isinstance(base, str):
         name = str(Path(base).resolve()) if Path(base).is_dir() else base
         return AutoModelForCausalLM.from_pretrained(resolve_base(base), **kwargs), name
+    if isinstance(base, os.PathLike):
+        return load_base(os.fspath(base), kwargs)
     if kwargs:
         raise ValueError(f"{sorted(kwargs)} are loading options, but the base is loaded already.")
     if not isinstance(base, PreTrainedModel):
@@ -22,3 +29,20 @@ def load_base(base: PreTrainedModel | str, kwargs: dict[str, Any]) -> tuple[PreT
             f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
         )
     return base, None
+
+
+def refuse_adapters(base: nn.Module) -> None:
+    """Raise `ValueError` if `base` carries adapters already; they would be mixed in silently."""
+    for path, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"the base carries adapters already (at {path}); take it back bare with unload(), or load it again."
+            )
+
+
+def strip_adapters(base: nn.Module) -> None:
+    """Put the base's own layers back where PEFT wrapped them; what a failed build leaves behind."""
+    for path, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(path, module.get_base_layer())
+    base.__dict__.pop("peft_config", None)

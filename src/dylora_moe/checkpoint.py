@@ -43,6 +43,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 
 
+_HUB_OPTIONS = ("token", "private", "commit_message", "revision", "commit_description", "create_pr")
+
+
 class Adapter(NamedTuple):
     """A validated stock adapter: its configuration and its tensors by stock key."""
 
@@ -196,11 +199,11 @@ def save_mixture(
     """Write a mixture; see `DyLoraMoE.save_pretrained`."""
     if not kwargs.pop("safe_serialization", True):
         raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
-    for ignored in ("save_embedding_layers", "max_shard_size"):
+    for ignored in ("save_embedding_layers", "max_shard_size", "save_function"):  # PEFT and accelerate pass them
         kwargs.pop(ignored, None)
     if not is_main_process:
         return
-    hub = {key: kwargs.pop(key) for key in ("token", "private", "commit_message", "revision") if key in kwargs}
+    hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
     if kwargs:
         raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
     directory = Path(directory)
@@ -226,9 +229,12 @@ def upload(
     private: bool | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool | None = None,
 ) -> str:
     """Upload a saved mixture to the Hugging Face hub; returns the commit's address."""
     api = HfApi(token=token)
+    further = {"commit_description": commit_description, "create_pr": create_pr}
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(
         repo_id=repo_id,
@@ -237,6 +243,7 @@ def upload(
         allow_patterns=[CONFIG_FILE, ROUTER_FILE, CARD_FILE, *(f"{name}/*" for name in _saved_experts(directory))],
         commit_message=commit_message or "Upload mixture",
         revision=revision,
+        **{key: value for key, value in further.items() if value is not None},
     )
 
 
@@ -274,7 +281,8 @@ def load_mixture(
     mixture = cls(model, config, {k: a.config for k, a in experts.items()}, base_name=given_name or name)
     for expert, adapter in experts.items():
         mixture._load_expert(expert, adapter.tensors, keep_dtype=True)
-    mixture.router.load_state_dict(router_tensors, assign=False)
+    for key, parameter in mixture.router.named_parameters():
+        parameter.data = router_tensors[key].to(parameter.device)  # in the dtype it was saved in
     mixture.expert_states.update(states)
     for expert in states:
         if expert in frozen or not trainable:
@@ -305,7 +313,7 @@ def _describe(model: DyLoraMoE) -> dict[str, Any]:
 
 def _parse_description(fields: dict[str, Any], file: Path) -> tuple[MoELoraConfig, dict[str, str], set[str]]:
     version = fields.get("format_version")
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{file}: format_version is {version!r}; not a mixture's configuration.")
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -317,7 +325,9 @@ def _parse_description(fields: dict[str, Any], file: Path) -> tuple[MoELoraConfi
         states = {name: entry["state"] for name, entry in experts.items()}
         config = MoELoraConfig(**fields["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error!s}") from error
-    if list(states) != config.expert_names or not set(states.values()) <= {NEW, ROUTED}:
+        raise CheckpointError(f"{file} does not describe a mixture: {type(error).__name__} {error}.") from error
+    if list(states) != config.expert_names or any(state not in (NEW, ROUTED) for state in states.values()):
         raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
+    if ROUTED not in states.values():
+        raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
     return config, states, {name for name, entry in experts.items() if entry.get("frozen")}

@@ -17,6 +17,16 @@ ROUTER_TYPES = ("mlp", "linear")
 GRANULARITIES = ("token", "sequence")
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# what may be set on a mixture's configuration at any time; the set of experts changes through the mixture
+_CHANGEABLE = {
+    "top_k",
+    "train_top_k",
+    "temperature",
+    "granularity",
+    "balance_loss",
+    "balance_coefficient",
+    "z_loss_coefficient",
+}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _RESERVED_NAMES = {"base", "default", "weight", "bias"}
 
@@ -85,6 +95,27 @@ class MoELoraConfig(LoraConfig):
         if self.num_experts is None:
             self.num_experts = len(self.expert_names)
         self.validate()
+        self._built = True
+
+    def set_experts(self, names: list[str]) -> None:
+        """Follow a mixture whose set of experts changed; `top_k` and `train_top_k` shrink to what is left."""
+        self._built = False
+        self.expert_names, self.num_experts = list(names), len(names)
+        outputs = len(names) + bool(self.route_to_base)
+        self.top_k = self.top_k and min(self.top_k, outputs)
+        self.train_top_k = self.train_top_k and min(self.train_top_k, outputs)
+        self._built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a routing field that is changed after construction; a refused value leaves the old one."""
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if self.__dict__.get("_built") and name in _CHANGEABLE:
+            try:
+                self.validate()
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
 
     def validate(self) -> None:
         """Check every routing field; called at construction and before a mixture is built."""

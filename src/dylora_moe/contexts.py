@@ -21,7 +21,7 @@ class Contexts:
 
     @contextmanager
     def use_experts(self: DyLoraMoE, experts: str) -> Iterator[DyLoraMoE]:  # type: ignore[misc]
-        """Force one expert (or `"base"`) for all rows of every call within the block."""
+        """Force one expert (or `"base"`) for all rows of every call within the block, whichever thread makes it."""
         if not isinstance(experts, str):
             raise TypeError(f"use_experts takes one name, not {experts!r}; per row: model(..., experts=[...]).")
         check_experts(experts, self.expert_names, None)

@@ -89,6 +89,8 @@ class ExpertLifecycle:
     ) -> None:
         """Add an expert; its logit is masked until `start_routing`, its forced output works at once.
 
+        An optimizer made before knows neither the expert's tensors nor the router's new shape: make a new one.
+
         Args:
             name: of the new expert.
             source: a LoRA configuration for a fresh expert (default: that of the mixture), or the folder or hub id of
@@ -113,8 +115,7 @@ class ExpertLifecycle:
         try:
             PeftModelForCausalLM.add_adapter(self, name, config)
             self.expert_states[name] = NEW
-            self.moe_config.expert_names = self.expert_names
-            self.moe_config.num_experts = self.num_experts
+            self.moe_config.set_experts(self.expert_names)
             self.router.grow(position)
             self._refresh()
             self._match_modes(name)
@@ -161,11 +162,7 @@ class ExpertLifecycle:
                 if not layer.r:  # nobody adapts it any more
                     parent, _, child = path.rpartition(".")
                     setattr(base.get_submodule(parent), child, layer.base_layer)
-        config = self.moe_config
-        config.expert_names, config.num_experts = self.expert_names, self.num_experts
-        outputs = self.num_experts + config.route_to_base
-        config.top_k = config.top_k and min(config.top_k, outputs)
-        config.train_top_k = config.train_top_k and min(config.train_top_k, outputs)
+        self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
     def rename_expert(self: DyLoraMoE, old: str, new: str) -> None:  # type: ignore[misc]
@@ -182,8 +179,10 @@ class ExpertLifecycle:
                 layer.frozen_peft_weight_names = _renamed(layer.frozen_peft_weight_names, old, new)
         self.base_model.peft_config = _renamed(self.base_model.peft_config, old, new)
         self.expert_states = _renamed(self.expert_states, old, new)
+        if self._default_experts == old:
+            self._default_experts = new
         self._frozen_experts = {new if name == old else name for name in self._frozen_experts}
-        self.moe_config.expert_names = self.expert_names
+        self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
     def freeze_expert(self: DyLoraMoE, name: str) -> None:  # type: ignore[misc]
@@ -236,13 +235,20 @@ class ExpertLifecycle:
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
+        commit_description: str | None = None,
+        create_pr: bool | None = None,
+        **save_options: Any,
     ) -> str:
-        """Upload the mixture as a checkpoint to the Hugging Face hub; returns the commit's address."""
+        """Upload the mixture as a checkpoint to the Hugging Face hub; returns the commit's address.
+
+        `save_options` go to `save_pretrained`.
+        """
         from .checkpoint import upload
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, token, private, commit_message, revision)
+            self.save_pretrained(folder, **save_options)
+            place = (token, private, commit_message, revision, commit_description, create_pr)
+            return upload(Path(folder), repo_id, *place)
 
     def _concatenated(self: DyLoraMoE, weights: Mapping[str, float]) -> tuple[LoraConfig, dict[str, Tensor]]:  # type: ignore[misc]
         if not weights:

@@ -112,6 +112,9 @@ def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
     if not target.exists():
         folder.rename(target)
         return
+    if target == Path.cwd() or target in Path.cwd().parents or os.path.ismount(target):
+        _replace_entries(folder, target, owned)  # a folder somebody stands in, or mounted, cannot be renamed
+        return
     old = folder.with_suffix(".old")
     target.rename(old)
     try:
@@ -123,3 +126,15 @@ def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
         if entry.name not in owned:
             entry.rename(target / entry.name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_entries(folder: Path, target: Path, owned: Collection[str]) -> None:
+    """Replace the owned entries of `target` one by one; the description goes out first and comes in last."""
+    for name in sorted(owned):
+        entry = target / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.suffix == ".json"):
+        shutil.move(str(entry), str(target / entry.name))

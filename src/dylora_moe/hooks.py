@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import passes
 
@@ -18,7 +18,7 @@ class PassHooks:
     def _install_hooks(self: DyLoraMoE, base: nn.Module) -> None:  # type: ignore[misc]
         decoder = self.placement.decoder(base)
         self._hooks = [
-            base.register_forward_pre_hook(self._before_base),
+            base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             base.register_forward_hook(self._after_base, always_call=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -27,7 +27,12 @@ class PassHooks:
             layer = self.placement.layers(base)[self.router_layer_index]
             self._hooks.append(layer.register_forward_pre_hook(self._before_router_layer, with_kwargs=True))
 
-    def _before_base(self: DyLoraMoE, base: nn.Module, args: Any) -> None:  # type: ignore[misc]
+    def _before_base(self: DyLoraMoE, base: nn.Module, args: Any, kwargs: dict) -> None:  # type: ignore[misc]
+        if self._adapts_head and isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                "logits_to_keep as a tensor picks positions that an expert on the language-model head cannot tell; "
+                "pass a number (the last so many), or select from the full logits."
+            )
         self._inside_base = True
 
     def _after_base(self: DyLoraMoE, base: nn.Module, args: Any, output: Any) -> None:  # type: ignore[misc]

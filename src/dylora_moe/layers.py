@@ -259,7 +259,7 @@ class RoutedPeftModel:
                 yield
                 return
             batch, length = input_shape(args, kwargs)
-            names = tuple(cast(PeftModel, self).base_model.active_adapters)
+            names = tuple(cast(Any, self).base_model.active_adapters)
             weights = check_weights(weights, len(names), batch, None if generating else length)
             route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
             keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)

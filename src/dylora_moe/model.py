@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, E experts, n router outputs, k router layer, L deco
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import passes, routing
-from .base import load_base
+from .base import load_base, refuse_adapters, strip_adapters
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
@@ -53,7 +54,9 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         autocast_adapter_dtype: bool = True,
     ):
         """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
+        config = copy.deepcopy(config)  # it changes with the experts; the caller's does not
         config.validate()
+        refuse_adapters(base)
         placement = Placement.of(base)
         first = config.resolve_router_layer(placement.num_layers)
         names = list(config.expert_names or [])
@@ -67,9 +70,18 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
             experts = {name: placement.fresh_expert(base, own.get(name, config), first_adapted) for name in names}
         for name, expert in experts.items():
             check_mixable(expert, name)
-        super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
-        for name in names[1:]:
-            PeftModelForCausalLM.add_adapter(self, name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+        trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+        try:
+            super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
+            for name in names[1:]:
+                PeftModelForCausalLM.add_adapter(
+                    self, name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype
+                )
+        except BaseException:
+            strip_adapters(base)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            raise
         self.moe_config = config
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
         self.placement = placement
@@ -91,7 +103,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         self._inside_base = False
         base.config.keys_to_ignore_at_inference = ["past_key_values", "routing_weights", "router_logits"]
         self._layers: list[Any] = []
-        self._needs_routing_pass = False
+        self._needs_routing_pass = self._adapts_head = False
         self._refresh()
         self._install_hooks(base)
 
@@ -150,16 +162,17 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
-        given = config.routing_fields() if config is not None else {}
-        given.update(num_experts=len(adapters), expert_names=list(adapters))
         loaded = {expert: read_adapter(path, model, expert) for expert, path in adapters.items()}
-        lora = next(iter(loaded.values())).config
-        defaults = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules}
-        if config is not None:
-            defaults = {key: getattr(config, key) for key in defaults}
+        if config is None:
+            lora = next(iter(loaded.values())).config
+            like = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules}
+            config = MoELoraConfig(expert_names=list(adapters), **like)
+        else:
+            config = copy.deepcopy(config)
+            config.set_experts(list(adapters))
         mixture = cls(
             model,
-            MoELoraConfig(**{**defaults, **given}),
+            config,
             experts={expert: adapter.config for expert, adapter in loaded.items()},
             base_name=name,
         )
@@ -210,6 +223,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
             self.base_model.set_requires_grad(name, False)
         self._layers = routed_layers(self.base_model)
         adapted = [layer.routing_name for layer in self._layers if layer.r]
+        self._adapts_head = any(self.placement.layer_of(path) == self.placement.num_layers for path in adapted)
         lowest = lowest_layer(self.placement, adapted)
         self._needs_routing_pass = self.moe_config.router_layer == "last" or lowest < self.router_layer_index
 
@@ -377,7 +391,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
     def _policy(self, logits: Tensor) -> Tensor:
         """Weights of all router outputs: dense in training unless `train_top_k`, the best `top_k` in evaluation."""
         config = self.moe_config
-        k = config.train_top_k if self.training else (config.top_k or 2)
+        k = config.train_top_k if self.training else (2 if config.top_k is None else config.top_k)
         if k is None:
             return routing.dense(logits, config.temperature)
         return routing.top_k(logits, k, config.temperature)

@@ -56,6 +56,7 @@ class Router(nn.Module):
         self._replace(torch.cat([self.up.data[:position], self.up.data[position + 1 :]]))
 
     def _replace(self, rows: Tensor) -> None:
+        # a new Parameter: a graph that still holds the old one would accept no gradient of another shape
         self.up = nn.Parameter(rows, requires_grad=self.up.requires_grad)
 
 

@@ -92,6 +92,8 @@ class Session:
         if self.chat:
             messages = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if not text:
+            raise ValueError("the prompt is empty; there is nothing to route.")
         encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.chat)
         return {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
 

@@ -38,7 +38,7 @@ class Run:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
         for _ in range(steps):
-            ids, task = examples(24, self.generator)
+            ids, task = examples(16, self.generator)
             experts = [NAMES[t] for t in task.tolist()] if forced else None
             self.model(ids, labels=ids, experts=experts).loss.backward()
             optimizer.step()
@@ -74,7 +74,7 @@ def test_a_router_finds_the_expert_of_each_task(architecture):
     assert run.accuracy() < 0.1
     run.train(60, 2e-2, forced=True)
     oracle = run.accuracy(oracle=True)
-    assert oracle > 0.7
+    assert oracle > 0.6
     for name in NAMES:
         assert run.accuracy(experts=name) < 0.5  # each expert knows its own task only
         run.model.freeze_expert(name)
