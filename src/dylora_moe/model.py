@@ -24,7 +24,7 @@ from .hooks import PassHooks
 from .layers import Routing, route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
-from .request import Request, check_experts, check_weights, input_shape
+from .request import Request, check_experts, check_weights, has_packed_rows, input_shape
 from .router import Router
 from .trace import RoutingTrace
 
@@ -286,7 +286,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
         request = self._make_request(experts, routing_weights, batch, length, kwargs)
         request.attention_mask, request.labels = attention_mask, labels
-        request.packed_rows = self.moe_config.granularity == "sequence" and _has_packed_rows(attention_mask, kwargs)
+        request.packed_rows = self.moe_config.granularity == "sequence" and has_packed_rows(attention_mask, kwargs)
         with self._call(request):
             output = super().forward(
                 input_ids=input_ids,
@@ -395,15 +395,3 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         if k is None:
             return routing.dense(logits, config.temperature)
         return routing.top_k(logits, k, config.temperature)
-
-
-def _has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    if any(kwargs.get(key) is not None for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens")):
-        return True
-    positions = kwargs.get("position_ids")
-    if not isinstance(positions, Tensor):
-        return False
-    starts = positions == 0
-    if attention_mask is not None and attention_mask.shape == starts.shape:
-        starts = starts & attention_mask.bool()  # generate gives padding position 0, too
-    return bool((starts.sum(-1) > 1).any())

@@ -119,7 +119,9 @@ class Placement:
     def fresh_expert(self, base: PreTrainedModel, source: LoraConfig, first_layer: int) -> LoraConfig:
         """The stock configuration of a new expert after `source`, its targets written out; see `targets`."""
         targets = self.targets(base, source, first_layer)
-        return stock_lora(source, target_modules=targets, layers_to_transform=None, exclude_modules=None)
+        return stock_lora(
+            source, target_modules=targets, layers_to_transform=None, layers_pattern=None, exclude_modules=None
+        )
 
 
 def adaptable_modules(base: nn.Module) -> list[str]:

@@ -160,3 +160,16 @@ class CallLock:
 
     def __reduce__(self) -> tuple:
         return CallLock, ()
+
+
+def has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a call say that one row holds several sequences."""
+    if any(kwargs.get(key) is not None for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens")):
+        return True
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return False
+    starts = positions == 0
+    if attention_mask is not None and attention_mask.shape == starts.shape:
+        starts = starts & attention_mask.bool()  # generate gives padding position 0, too
+    return bool((starts.sum(-1) > 1).any())
