@@ -156,7 +156,7 @@ def test_forced_domains_equal_each_expert_alone(tmp_path):
     domains = batch.pop("domain")
     total = (batch["labels"][:, 1:] != -100).sum()
     for index, name in enumerate(model.expert_names):
-        rows = {key: value[domains == index] for key, value in batch.items()}
+        rows = {key: value[domains[:, 0] == index] for key, value in batch.items()}
         logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], experts=name).logits
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), rows["labels"][:, 1:], reduction="sum")
         (losses / total).backward()

@@ -1,14 +1,19 @@
-"""Watching a run: a progress bar with the live loss."""
+"""Watching a run: a progress bar with the live loss, and a warning when an expert starves."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
+DEAD_LOAD = 0.01
 SHOWN = {"loss": "loss", "lm_loss": "lm", "aux_loss": "aux", "router/entropy": "entropy"}
 
 
@@ -64,3 +69,29 @@ class ProgressBar(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class StarvedExperts:
+    """Counts for how many optimizer steps in a row each expert has had a load under 1 %, and warns.
+
+    Args:
+        patience: warn after so many steps, once per famine.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.steps: dict[str, int] = {}
+
+    def update(self, load: Mapping[str, float]) -> int:
+        """Note one step's load per expert; returns how many experts are under 1 %."""
+        for name, share in load.items():
+            self.steps[name] = self.steps.get(name, 0) + 1 if share < DEAD_LOAD else 0
+            if self.steps[name] == self.patience:
+                logger.warning(
+                    "Expert %r has received under 1 %% of the tokens for %d steps: the router is collapsing. Raise "
+                    "mixture.balance_coefficient or mixture.temperature, or set train.domain_coefficient if the "
+                    "examples' domains should decide.",
+                    name,
+                    self.patience,
+                )
+        return sum(share < DEAD_LOAD for share in load.values())

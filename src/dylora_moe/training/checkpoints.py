@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
 
@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 COMPLETE_FILE = "complete"
 AVERAGES_FILE = "trainer_averages.json"
-EXEMPT_FROM_RESUME = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+EXEMPT_FROM_RESUME = (
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+    "tokens_per_second",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+)
 """Log fields about one session of a run; everything else is the same in a resumed run as in an uninterrupted one."""
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -80,6 +90,8 @@ def save_averages(trainer: MoETrainer, folder: Path) -> None:
         "total_train_tokens": trainer._total_train_tokens,
         "loss_since_log": float(trainer._tr_loss.double()),
         "last_logged": trainer._globalstep_last_logged,
+        "starved": trainer.starved.steps,
+        "patience_used": [callback.early_stopping_patience_counter for callback in _early_stopping(trainer)],
     }
     (folder / AVERAGES_FILE).write_text(json.dumps(averages), encoding="utf-8")
 
@@ -100,6 +112,13 @@ class RestoreAverages(TrainerCallback):
             trainer._tr_loss.dtype
         )
         trainer._globalstep_last_logged = averages["last_logged"]
+        trainer.starved.steps = averages["starved"]
+        for callback, used in zip(_early_stopping(trainer), averages["patience_used"], strict=False):
+            callback.early_stopping_patience_counter = used
+
+
+def _early_stopping(trainer: MoETrainer) -> list[EarlyStoppingCallback]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
 
 class Interrupted(Exception):

@@ -5,12 +5,14 @@ Shapes: B batch, S sequence, T tokens, n router outputs.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from datasets import concatenate_datasets
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,6 +23,7 @@ from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes import RouterRecord
 
+from .callbacks import StarvedExperts
 from .checkpoints import (
     COMPLETE_FILE,
     Interrupted,
@@ -32,8 +35,9 @@ from .checkpoints import (
     restore,
     save_averages,
 )
-
-DOMAIN = "domain"
+from .collator import DOMAIN, DomainCollator, padded, per_token
+from .schedule import TwoPhase
+from .token_means import TokenMeans
 
 
 class MoETrainer(SFTTrainer):
@@ -50,6 +54,9 @@ class MoETrainer(SFTTrainer):
         domain_coefficient: weight of the cross-entropy of the router towards each example's domain.
         force_domains: force every row to the expert of its domain; the router is not trained then.
         router_learning_rate: of the router; default that of the experts.
+        router_weight_decay: of the router; default that of the experts.
+        two_phase: the learning rate's schedule, in place of `lr_scheduler_type`.
+        collapse_steps: warn when an expert has had a load under 1 % for so many optimizer steps in a row.
         kwargs: passed to `SFTTrainer`.
 
     Raises:
@@ -63,18 +70,25 @@ class MoETrainer(SFTTrainer):
         domain_coefficient: float = 0.0,
         force_domains: bool = False,
         router_learning_rate: float | None = None,
+        router_weight_decay: float | None = None,
+        two_phase: TwoPhase | None = None,
+        collapse_steps: int = 50,
         **kwargs: Any,
     ):
         if not isinstance(model, DyLoraMoE):
             raise TypeError(f"MoETrainer trains a DyLoraMoE, not {type(model).__name__}; use SFTTrainer.")
         self.mixture = model
         self.domain_coefficient, self.force_domains = domain_coefficient, force_domains
-        self.router_learning_rate = router_learning_rate
+        self.router_learning_rate, self.router_weight_decay = router_learning_rate, router_weight_decay
+        self.two_phase = two_phase
+        self.starved = StarvedExperts(collapse_steps)
         self._records: list[RouterRecord] = []
         self._domains: list[Tensor] = []
         arguments = kwargs.get("args")
         if arguments is not None and arguments.data_seed is None:
             arguments.data_seed = arguments.seed  # else the order of the data hangs on whoever seeded torch last
+        if arguments is not None and arguments.eval_packing is None:
+            arguments.eval_packing = False  # the rows of an evaluation are weighted one by one
         super().__init__(model, *args, **kwargs)
         columns = getattr(self.train_dataset, "column_names", None) or []
         self.has_domains = DOMAIN in columns
@@ -85,6 +99,7 @@ class MoETrainer(SFTTrainer):
             )
         if self.has_domains:
             self.data_collator = DomainCollator(self.data_collator, model.expert_names)
+        self._speed = (time.perf_counter(), 0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's `train`; `resume_from_checkpoint=True` takes the last whole checkpoint of the output folder.
@@ -170,15 +185,26 @@ class MoETrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.router_learning_rate is not None:
+        own = {"lr": self.router_learning_rate, "weight_decay": self.router_weight_decay}
+        own = {key: value for key, value in own.items() if value is not None}
+        if own:
             router = {id(parameter) for parameter in self.mixture.router.parameters()}
             for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in router]
-                if own:
+                params = [p for p in group["params"] if id(p) in router]
+                if params:
                     group["params"] = [p for p in group["params"] if id(p) not in router]
                     options = {key: value for key, value in group.items() if key != "params"}
-                    optimizer.add_param_group({**options, "params": own, "lr": self.router_learning_rate})
+                    optimizer.add_param_group({**options, **own, "params": params})
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.two_phase is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = self.two_phase.scheduler(
+                cast(Any, optimizer or self.optimizer), num_training_steps, warmup
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -187,11 +213,7 @@ class MoETrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
-        domains = inputs.pop(DOMAIN, None)
-        if self.force_domains and domains is not None:
-            names = self.mixture.expert_names
-            inputs["experts"] = [names[i] for i in domains.tolist()]
+        inputs, domains = self._split_domains(inputs)
         if self.label_smoother is not None and cast(SFTConfig, self.args).loss_type == "nll":
             loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
         else:
@@ -200,6 +222,20 @@ class MoETrainer(SFTTrainer):
         if self.mixture.training:
             loss = loss + self._router_loss(loss, domains, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _split_domains(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """The model's own inputs, and the domain of every token `[B, S]`."""
+        inputs = dict(inputs)
+        domains = inputs.pop(DOMAIN, None)
+        if self.force_domains and domains is not None:
+            names = self.mixture.expert_names
+            if (domains != domains[:, :1]).logical_and(domains >= 0).any():
+                raise ValueError(
+                    "a row of packed or padding-free examples holds several domains, and a forced row has one expert: "
+                    "train each expert on its own data, or set packing and padding_free to false."
+                )
+            inputs["experts"] = [names[i] for i in domains[:, 0].tolist()]
+        return inputs, domains
 
     def _smoothed_loss(self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
         """Label smoothing with one forward; TRL would run a second one for its metrics."""
@@ -233,7 +269,7 @@ class MoETrainer(SFTTrainer):
         scores = torch.cat([record.score(self.mixture.router) for record in records])
         loss, balance = self.mixture.auxiliary_losses(scores, mean=mean_over_processes)
         if self.domain_coefficient:
-            target = torch.cat([_per_token(r, d) for r, d in zip(records, per_record, strict=True)])
+            target = torch.cat([per_token(r, d) for r, d in zip(records, per_record, strict=True)])
             each = F.cross_entropy(scores, target, reduction="none").unsqueeze(-1)
             domain_loss = mean_over_processes(each, None).squeeze(-1)
             loss = loss + self.domain_coefficient * domain_loss
@@ -243,39 +279,78 @@ class MoETrainer(SFTTrainer):
         with torch.no_grad():
             shares = self.mixture._policy(scores)
             metrics["router/entropy"].append(float(routing.entropy(shares).mean()))
-            for name, share in zip(self.mixture._output_names(), shares.mean(0).tolist(), strict=True):
+            metrics["router/max_probability"].append(float(shares.max(-1).values.mean()))
+            load = dict(zip(self.mixture._output_names(), shares.mean(0).tolist(), strict=True))
+            for name, share in load.items():
                 metrics[f"router/load/{name}"].append(share)
+            metrics["router/dead_experts"].append(float(self.starved.update(load)))
         # gradients are averaged over processes, and over micro-batches where the loss was not normalised by tokens
         loss = loss * self.accelerator.num_processes
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
         return loss.to(lm_loss.device)
 
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs, domains = self._split_domains(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        loss = self._means.add(outputs.log_probs, outputs.is_top1, outputs.label_mask, domains)
+        return loss.to(self.args.device), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """TRL's loop; the loss is the mean over all tokens, of all examples and of those of each domain."""
+        self._means = TokenMeans(self.accelerator.gather_for_metrics, self.mixture.expert_names)
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._means.rows:
+            output.metrics.update(self._means.metrics(metric_key_prefix))
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        flat = self.data_collator
+        self.data_collator = padded(flat)  # so that a row is an example
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = flat
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            then, tokens = self._speed
+            now = self._speed = (time.perf_counter(), self._total_train_tokens)
+            logs["tokens_per_second"] = round((now[1] - tokens) / max(now[0] - then, 1e-9), 1)
+        super().log(logs, start_time)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's preparation; when packing, each domain by itself, so that a packed row is of one domain."""
+        rest = (processing_class, args, packing, formatting_func, dataset_name)
+        if not packing or DOMAIN not in (dataset.column_names or []):
+            return super()._prepare_dataset(dataset, *rest)
+        domains, parts = dataset[DOMAIN], []
+        for name in dict.fromkeys(domains):
+            own = dataset.select([i for i, domain in enumerate(domains) if domain == name])
+            packed: Any = super()._prepare_dataset(own, *rest)
+            parts.append(packed.add_column(DOMAIN, [name] * len(packed)))
+        return concatenate_datasets(parts).shuffle(seed=args.seed)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._signature_columns is not None and DOMAIN not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, DOMAIN]
-
-
-class DomainCollator:
-    """Wraps a collator: examples' `domain` names become one tensor `[B]` of expert indices.
-
-    Raises:
-        ValueError: a domain that is no expert.
-    """
-
-    def __init__(self, collator: Any, names: list[str]):
-        self.collator, self.names = collator, names
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        examples = [dict(example) for example in examples]
-        domains = [example.pop(DOMAIN, None) for example in examples]
-        unknown = sorted({str(domain) for domain in domains if domain not in self.names})
-        if unknown:
-            raise ValueError(f"domain {', '.join(unknown)} is no expert; the experts are {', '.join(self.names)}.")
-        batch = self.collator(examples)
-        batch[DOMAIN] = torch.tensor([self.names.index(domain) for domain in domains])
-        return batch
 
 
 def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -295,9 +370,3 @@ def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
 def unwrap_head(mixture: DyLoraMoE) -> None:
     """Undo what SFTTrainer put around the base's forward; each trainer made on a model adds one more layer."""
     mixture.get_base_model().__dict__.pop("forward", None)
-
-
-def _per_token(record: RouterRecord, domains: Tensor) -> Tensor:
-    """The domain `[B]` of every token that counts in a record."""
-    spread = domains.to(record.hidden.device)[:, None].expand(record.hidden.shape[:2])
-    return spread.flatten() if record.mask is None else spread[record.mask]
