@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
 
 from dylora_moe.training.data import (
     DataError,
     Example,
+    as_row,
     encode,
+    encode_prompt,
     fit_to_length,
     load_examples,
     mix,
@@ -32,13 +37,13 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per word, per newline and per special token; words are learnt by nobody, so they share one id."""
-    words = ["<unk>", "</s>", "<user>", "<assistant>", "\n", *(f"w{i}" for i in range(20))]
+    words = ["<unk>", "</s>", "<system>", "<user>", "<assistant>", "\n", *(f"w{i}" for i in range(20))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\n| +"), "isolated"), pre_tokenizers.Split(Regex(" +"), "removed")]
     )
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
-    made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    made.add_special_tokens({"additional_special_tokens": ["<system>", "<user>", "<assistant>"]})
     made.chat_template = CHAT_TEMPLATE
     return made
 
@@ -192,17 +197,29 @@ def test_nothing_to_mix_is_refused():
 # The form TRL gets
 
 
-def test_dataset_columns():
+CHAT = [
+    {"role": "system", "content": "w9"},
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3"},
+    {"role": "user", "content": "w4"},
+]
+
+
+def test_rows_are_in_the_formats_of_trl():
     example = Example("p", "c", "sql", {"id": 1})
-    assert to_dataset([example]).to_list() == [{"prompt": "p", "completion": "\nc", "domain": "sql"}]
-    assert to_dataset([example], separator=" ").to_list() == [{"prompt": "p", "completion": " c", "domain": "sql"}]
-    assert to_dataset([example], chat=True).to_list() == [
-        {
-            "prompt": [{"role": "user", "content": "p"}],
-            "completion": [{"role": "assistant", "content": "c"}],
-            "domain": "sql",
-        }
-    ]
+    assert as_row(example) == {"prompt": "p", "completion": "\nc", "domain": "sql"}
+    assert as_row(replace(example, separator=" ")) == {"prompt": "p", "completion": " c", "domain": "sql"}
+    reply = [{"role": "assistant", "content": "c"}]
+    asked = [{"role": "user", "content": "p"}]
+    assert as_row(example, chat=True) == {"prompt": asked, "completion": reply, "domain": "sql"}
+    assert as_row(Example(CHAT, "c", "sql"), chat=True) == {"prompt": CHAT, "completion": reply, "domain": "sql"}
+    for chat in (False, True):
+        assert as_row(Example("", "c", "sql"), chat) == {"text": "c", "domain": "sql"}
+
+
+def test_messages_without_a_chat_template_are_refused(tokenizer):
+    with pytest.raises(DataError, match=r"^sql: chat messages need a chat template; set base\.chat: true"):
+        encode(Example(CHAT, "c", "sql"), tokenizer)
 
 
 def test_encode_counts_prompt_and_end_token(tokenizer):
@@ -212,28 +229,84 @@ def test_encode_counts_prompt_and_end_token(tokenizer):
     ids, prompt = encode(Example("w1", "w4 w5"), tokenizer, chat=True)
     assert tokenizer.convert_ids_to_tokens(ids) == ["<user>", "w1", "</s>", "<assistant>", "w4", "w5", "</s>"]
     assert prompt == 4
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_encode_is_what_trl_trains_on(tokenizer, chat, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    ids, prompt = encode(Example(CHAT, "w5"), tokenizer, chat=True)
+    assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == (
+        "<system> w9 </s> <user> w1 w2 </s> <assistant> w3 </s> <user> w4 </s> <assistant> w5 </s>"
     )
-    examples = [Example(words(3), words(2), "a"), Example(words(5), "w7", "b")]
-    trainer = SFTTrainer(
-        LlamaForCausalLM(config),
-        args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True),
-        train_dataset=to_dataset(examples, chat),
-        processing_class=tokenizer,
-    )
-    assert trainer.train_dataset is not None
-    for row, example in zip(trainer.train_dataset, examples, strict=True):
+    assert prompt == 14
+    for chat in (False, True):
+        ids, prompt = encode(Example("", "w4 w5"), tokenizer, chat)
+        assert tokenizer.convert_ids_to_tokens(ids) == ["w4", "w5", "</s>"]
+        assert prompt == 0
+
+
+def test_prompts_to_answer_are_what_encode_puts_before_the_completion(tokenizer):
+    for example, chat in (
+        (Example(words(3), "w1"), False),
+        (Example(words(3), "w1"), True),
+        (Example(CHAT, "w1"), True),
+    ):
         ids, prompt = encode(example, tokenizer, chat)
-        assert row["input_ids"] == ids
-        assert row["labels"] == [-100] * prompt + ids[prompt:]
+        assert encode_prompt(example, tokenizer, chat) == ids[:prompt]
+    assert encode_prompt(Example("", "w1"), tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_dataset_is_tokenised_and_labelled(tokenizer):
+    examples = [Example("w1", "w2", "a"), Example("", "w3 w4", "b")]
+    ids = [encode(example, tokenizer)[0] for example in examples]
+    assert to_dataset(examples, tokenizer).to_list() == [
+        {"input_ids": ids[0], "labels": [-100, *ids[0][1:]], "domain": "a"},
+        {"input_ids": ids[1], "labels": ids[1], "domain": "b"},
+    ]
+    whole = to_dataset(examples, tokenizer, completion_only=False)
+    assert whole["labels"][:] == whole["input_ids"][:] == ids
+
+
+def test_dataset_encodes_a_repeated_example_once(tokenizer, monkeypatch):
+    example, calls = Example("w1", "w2", "a"), []
+    monkeypatch.setattr("dylora_moe.training.data.encode", lambda *_: (calls.append(1), ([1, 2], 1))[1])
+    assert to_dataset([example] * 3, tokenizer)["input_ids"][:] == [[1, 2]] * 3
+    assert len(calls) == 1
+
+
+MIXED_SEPARATORS = [
+    Example(words(3), words(2), "a"),
+    Example(words(5), "w7", "b", separator=" "),
+    Example(words(2), "w7", "b", separator=""),
+    Example(words(2), "w7 </s>", "b"),
+]
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+@pytest.mark.parametrize(
+    ("examples", "chat"),
+    [
+        (MIXED_SEPARATORS, False),
+        (MIXED_SEPARATORS[:3], True),
+        ([Example(CHAT, "w5", "a"), Example(CHAT[:2], words(3), "b")], True),
+        ([Example("", words(4), "a"), Example("", "w5 </s>", "b")], False),
+    ],
+    ids=["plain", "chat", "messages", "text"],
+)
+def test_dataset_is_what_trl_makes_of_the_rows(tokenizer, examples, chat, completion_only, tmp_path):
+    def prepared(dataset):
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+        options = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
+        if "text" not in dataset.column_names:
+            options["completion_only_loss"] = completion_only
+        trainer = SFTTrainer(
+            LlamaForCausalLM(config),
+            args=SFTConfig(str(tmp_path), **options),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+    theirs = prepared(Dataset.from_list([as_row(example, chat) for example in examples]))
+    ours = to_dataset(examples, tokenizer, chat, completion_only)
+    assert [(row["input_ids"], row["labels"]) for row in ours] == theirs == prepared(ours)
 
 
 # Length

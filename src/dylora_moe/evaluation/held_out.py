@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.training.data import Example, as_row, encode
+from dylora_moe.training.data import Example, encode, encode_prompt
 
 Progress = Callable[[int], None]
 
@@ -26,7 +26,6 @@ def answers(
     batch_size: int = 32,
     max_new_tokens: int = 48,
     chat: bool = False,
-    separator: str = "\n",
     progress: Progress = lambda done: None,
     **generate: Any,
 ) -> list[str]:
@@ -37,12 +36,12 @@ def answers(
         tokenizer: of the base; its padding side is left alone.
         examples: any number; batched by length, so that little is padded.
         batch_size, max_new_tokens: of the generation.
-        chat, separator: the prompt's form, as in training.
+        chat: the prompt's form, as in training.
         progress: called with the number of examples done since the last call.
         generate: further arguments of `generate`, such as `experts=`.
     """
     model.eval()
-    prompts = [_prompt_ids(example, tokenizer, chat, separator) for example in examples]
+    prompts = [encode_prompt(example, tokenizer, chat) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))
     texts = [""] * len(examples)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -82,7 +81,6 @@ def completion_loss(
     batch_size: int = 8,
     max_length: int | None = None,
     chat: bool = False,
-    separator: str = "\n",
     progress: Progress = lambda done: None,
     **forward: Any,
 ) -> dict[str, float]:
@@ -94,7 +92,7 @@ def completion_loss(
         forward: further arguments of the model, such as `experts=`.
     """
     model.eval()
-    encoded = [encode(example, tokenizer, chat, separator) for example in examples]
+    encoded = [encode(example, tokenizer, chat) for example in examples]
     encoded = [(ids[:max_length], prompt) for ids, prompt in encoded]
     order = sorted(range(len(examples)), key=lambda i: len(encoded[i][0]))
     sums, counts = [0.0] * len(examples), [0.0] * len(examples)
@@ -139,11 +137,3 @@ def _per_domain(examples: Sequence[Example], sums: Sequence[float], counts: Sequ
         inside = [i for i, example in enumerate(examples) if example.domain == domain]
         result[domain] = sum(sums[i] for i in inside) / max(sum(counts[i] for i in inside), 1.0)
     return result
-
-
-def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool, separator: str) -> list[int]:
-    prompt = as_row(example, chat, separator)["prompt"]
-    if chat:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return tokenizer(str(text), add_special_tokens=False).input_ids
-    return tokenizer(prompt).input_ids

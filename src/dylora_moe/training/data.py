@@ -32,25 +32,37 @@ class Example:
     """A prompt and the completion to learn.
 
     Args:
-        prompt: what the user says.
+        prompt: what the user says: text, or chat messages (`role` and `content`) that end before the reply. Empty for
+            plain text, all of which is learnt.
         completion: what the model should say, without an end-of-sequence token.
         domain: the expert whose data this is.
         extra: whatever else the file gave for it; never seen by the model.
+        separator: what the completion begins with where no chat template is used, so that the model itself ends the
+            prompt; plain text has none.
     """
 
-    prompt: str
+    prompt: str | list[dict[str, str]]
     completion: str
     domain: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    separator: str = "\n"
+
+    @property
+    def question(self) -> str:
+        """The prompt's text; of messages the last one's, of plain text the first words."""
+        if isinstance(self.prompt, list):
+            return self.prompt[-1]["content"]
+        return self.prompt or " ".join(self.completion.split()[:8])
 
 
-def read_jsonl(path: str | Path, domain: str = "", limit: int | None = None) -> list[Example]:
+def read_jsonl(path: str | Path, domain: str = "", limit: int | None = None, separator: str = "\n") -> list[Example]:
     """The examples of a JSONL file: one object with `prompt` and `completion` per line, blank lines skipped.
 
     Args:
         path: the file, UTF-8.
         domain: the expert whose data it is.
         limit: stop after so many examples; later lines are not looked at.
+        separator: of the examples.
 
     Raises:
         DataError: no such file, a broken line, a missing, empty or non-text prompt or completion, or no
@@ -64,7 +76,7 @@ def read_jsonl(path: str | Path, domain: str = "", limit: int | None = None) -> 
                 if limit is not None and len(examples) == limit:
                     break
                 if line.strip():
-                    examples.append(_parse_line(line, f"{path}, line {number}", domain))
+                    examples.append(_parse_line(line, f"{path}, line {number}", domain, separator))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
     if not examples:
@@ -92,10 +104,10 @@ def load_examples(
     if data.skill is not None:
         assert isinstance(source, int)
         rows = generate(data.skill, split, min([source, *limits]), seed)
-        return [Example(row["prompt"], row["completion"], domain) for row in rows]
+        return [Example(row["prompt"], row["completion"], domain, separator=data.separator) for row in rows]
     if source is None:
         raise DataError(f"experts.{domain}.data has no {split} file; add `{split}: FILE.jsonl`.")
-    return read_jsonl(str(source), domain, min(limits, default=None))
+    return read_jsonl(str(source), domain, min(limits, default=None), data.separator)
 
 
 def mix(
@@ -133,48 +145,81 @@ def mix(
     return mixed
 
 
-def as_row(example: Example, chat: bool = False, separator: str = "\n") -> dict[str, Any]:
-    """The example in TRL's prompt/completion format, with its domain.
+def as_row(example: Example, chat: bool = False) -> dict[str, Any]:
+    """The example in TRL's prompt/completion or text format, with its domain.
 
     Args:
         example: the example.
         chat: as messages, for the tokenizer's chat template; else as plain text.
-        separator: what the completion of the plain form begins with, so that the model itself ends the prompt.
+
+    Raises:
+        DataError: the prompt is messages and `chat` is off.
     """
-    if chat:
-        prompt: Any = [{"role": "user", "content": example.prompt}]
-        completion: Any = [{"role": "assistant", "content": example.completion}]
-    else:
-        prompt, completion = example.prompt, separator + example.completion
+    if example.prompt == "":
+        return {"text": example.completion, "domain": example.domain}
+    if not chat:
+        if isinstance(example.prompt, list):
+            raise DataError(f"{example.domain or 'the data'}: chat messages need a chat template; set base.chat: true.")
+        completion = example.separator + example.completion
+        return {"prompt": example.prompt, "completion": completion, "domain": example.domain}
+    prompt = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
+    completion = [{"role": "assistant", "content": example.completion}]
     return {"prompt": prompt, "completion": completion, "domain": example.domain}
 
 
-def to_dataset(examples: Iterable[Example], chat: bool = False, separator: str = "\n") -> Dataset:
-    """A `datasets.Dataset` with the columns `prompt`, `completion` and `domain`, as `as_row` makes them."""
+def to_dataset(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    completion_only: bool = True,
+) -> Dataset:
+    """A tokenised `datasets.Dataset`, which SFTTrainer takes as it is.
+
+    Args:
+        examples: the examples, in order.
+        tokenizer: of the base.
+        chat: whether prompts go through the chat template.
+        completion_only: whether only the completion is learnt, or the prompt as well.
+
+    Returns:
+        the columns `input_ids`, `labels` (-100 where there is no loss) and `domain` (a name).
+    """
     from datasets import Dataset
 
-    return Dataset.from_list([as_row(example, chat, separator) for example in examples])
+    rows: dict[int, dict[str, Any]] = {}  # mixing repeats examples; each is encoded once
+    examples = list(examples)
+    for example in examples:
+        if id(example) not in rows:
+            ids, prompt = encode(example, tokenizer, chat)
+            labels = [-100] * prompt + ids[prompt:] if completion_only else ids
+            rows[id(example)] = {"input_ids": ids, "labels": labels, "domain": example.domain}
+    return Dataset.from_list([rows[id(example)] for example in examples])
 
 
-def encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = False, separator: str = "\n"
-) -> tuple[list[int], int]:
-    """The token ids TRL trains on and how many of them are the prompt.
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> tuple[list[int], int]:
+    """The token ids TRL would train on and how many of them are the prompt.
 
     Returns:
         the ids of prompt and completion, closed by the end-of-sequence token (plain) or the chat template;
-        the number of leading ids that belong to the prompt and get no loss.
+        the number of leading ids that belong to the prompt and get no loss, 0 for plain text.
     """
-    row = as_row(example, chat, separator)
-    if chat:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        prompt_ids, ids = (tokenizer(str(part), add_special_tokens=False).input_ids for part in (prompt, text))
-    else:
-        prompt_ids = tokenizer(row["prompt"]).input_ids
-        ids = tokenizer(row["prompt"] + row["completion"] + (tokenizer.eos_token or "")).input_ids
+    row = as_row(example, chat)
+    if "text" in row:
+        return _tokenise(tokenizer, _ended(row["text"], tokenizer)), 0
+    prompt_ids = _tokenise(tokenizer, row["prompt"], add_generation_prompt=True)
+    completion: Any = row["completion"]
+    if isinstance(completion, str):
+        completion = _ended(completion, tokenizer)
+    ids = _tokenise(tokenizer, row["prompt"] + completion)
     shared = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
     return ids, min(shared, len(ids))
+
+
+def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[int]:
+    """The token ids to generate an answer from; for plain text what stands before a text, at least one token."""
+    ids = _tokenise(tokenizer, as_row(example, chat).get("prompt", ""), add_generation_prompt=True)
+    end: Any = tokenizer.eos_token_id
+    return ids or [end]
 
 
 def fit_to_length(
@@ -183,7 +228,6 @@ def fit_to_length(
     max_length: int,
     too_long: Literal["error", "drop", "truncate"] = "error",
     chat: bool = False,
-    separator: str = "\n",
     what: str = "the training data",
 ) -> list[Example]:
     """The examples that can be trained on within `max_length` tokens, prompt and completion together.
@@ -195,13 +239,12 @@ def fit_to_length(
         too_long: `error` refuses longer examples; `drop` leaves them out; `truncate` keeps them, for TRL to cut
             the end off, except those whose prompt alone fills `max_length`. Both log how many.
         chat: whether prompts go through the chat template.
-        separator: see `as_row`.
         what: what to call the examples in a message.
 
     Raises:
         DataError: an example is too long (`error`), or none is left.
     """
-    lengths = [encode(example, tokenizer, chat, separator) for example in examples]
+    lengths = [encode(example, tokenizer, chat) for example in examples]
     long = [len(ids) > max_length for ids, _ in lengths]
     if not any(long):
         return list(examples)
@@ -229,7 +272,7 @@ def fit_to_length(
     return kept
 
 
-def _parse_line(line: bytes, place: str, domain: str) -> Example:
+def _parse_line(line: bytes, place: str, domain: str, separator: str) -> Example:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -246,7 +289,22 @@ def _parse_line(line: bytes, place: str, domain: str) -> Example:
         if not value[key].strip():
             raise DataError(f"{place}: empty {key!r}; there is nothing to {'learn' if key == 'completion' else 'ask'}.")
     extra = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
-    return Example(value["prompt"], value["completion"], domain, extra)
+    return Example(value["prompt"], value["completion"], domain, extra, separator)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: Any, add_generation_prompt: bool = False) -> list[int]:
+    """The ids of a text, or of messages in the chat template."""
+    if isinstance(text, str):
+        return tokenizer(text).input_ids
+    encoded: Any = tokenizer.apply_chat_template(
+        text, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+    )
+    return encoded["input_ids"]
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    end = str(tokenizer.eos_token or "")
+    return text if text.endswith(end) else text + end
 
 
 def _repeat(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,12 @@ class Job:
             train.arguments.get("max_length") or self.context,
             train.too_long,
             self.recipe.base.chat,
-            self.recipe.experts[name].data.separator,
             f"the training data of {name!r}",
         )
 
     def examples_to_try(self) -> list[str]:
         """A held-out prompt of each domain."""
-        return [examples[0].prompt for examples in by_domain(self._examples()[1]).values()]
+        return [examples[0].question for examples in by_domain(self._examples()[1]).values()]
 
     @property
     def context(self) -> int:
@@ -233,7 +232,6 @@ class Job:
             "bf16": False,
             "dataloader_pin_memory": False,
             "disable_tqdm": True,
-            "completion_only_loss": True,
             **self.recipe.train.arguments,
         }
         arguments.setdefault("max_length", self.context)
@@ -243,11 +241,8 @@ class Job:
 
     def _dataset(self, train: dict[str, list[Example]]) -> Any:
         mixed = mix(train, self.recipe.train.mixing, self.recipe.seed)
-        separators = {expert.data.separator for expert in self.recipe.experts.values()}
-        if len(separators) > 1:
-            mixed = [replace(e, completion=self.recipe.experts[e.domain].data.separator + e.completion) for e in mixed]
-        separator = separators.pop() if len(separators) == 1 else ""
-        return to_dataset(mixed, self.recipe.base.chat, separator)
+        completion_only = self.recipe.train.arguments.get("completion_only_loss") is not False
+        return to_dataset(mixed, self.tokenizer, self.recipe.base.chat, completion_only)
 
     # ------------------------------------------------------------------ measuring
 
@@ -258,33 +253,28 @@ class Job:
             return exact_match(self._answers(model, test, title), test)
         result = {}
         with self._bar(f"evaluate {title}", len(test)) as progress:
-            for domain, examples in by_domain(test).items():
-                options = self._options(domain)
+            for examples in by_domain(test).values():
                 length = self.recipe.train.arguments.get("max_length") or self.context
                 result |= completion_loss(
-                    model, self.tokenizer, examples, max_length=length, progress=progress, **options
+                    model, self.tokenizer, examples, max_length=length, progress=progress, **self._options()
                 )
         return result
 
     def _answers(self, model: Any, test: list[Example], title: str) -> list[str]:
         texts: list[str] = []
         with self._bar(f"evaluate {title}", len(test)) as progress:
-            for domain, examples in by_domain(test).items():
-                options = {**self._options(domain), "max_new_tokens": self.recipe.eval.max_new_tokens}
+            for examples in by_domain(test).values():
+                options = {**self._options(), "max_new_tokens": self.recipe.eval.max_new_tokens}
                 texts += answers(model, self.tokenizer, examples, progress=progress, **options)
         return texts
 
-    def _options(self, domain: str) -> dict[str, Any]:
-        return {
-            "batch_size": self.recipe.eval.batch_size,
-            "chat": self.recipe.base.chat,
-            "separator": self.recipe.experts[domain].data.separator,
-        }
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": self.recipe.eval.batch_size, "chat": self.recipe.base.chat}
 
     def _load_per_domain(self, mixture: DyLoraMoE, test: list[Example]) -> None:
         for domain, examples in by_domain(test).items():
             with mixture.trace() as trace:
-                completion_loss(mixture, self.tokenizer, examples[:32], **self._options(domain))
+                completion_loss(mixture, self.tokenizer, examples[:32], **self._options())
             self.results.load[domain] = {name: round(share, 4) for name, share in trace.load().items()}
 
     def _reloads(self, mixture: DyLoraMoE, test: list[Example], per_domain: int = 4) -> bool:
