@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from dylora_moe import routing
 from dylora_moe.files import CheckpointError
@@ -311,9 +312,14 @@ class MoETrainer(SFTTrainer):
     ) -> Any:
         """TRL's loop; the loss is the mean over all tokens, of all examples and of those of each domain."""
         self._means = TokenMeans(self.accelerator.gather_for_metrics, self.mixture.expert_names)
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        base: Any = self.mixture.get_base_model()
+        bare = "forward" not in base.__dict__  # after training
+        if bare:
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        options = (prediction_loss_only, ignore_keys, metric_key_prefix)
+        output: Any = super().evaluation_loop(dataloader, description, *options)
+        if bare:
+            unwrap_head(self.mixture)
         if self._means.rows:
             output.metrics.update(self._means.metrics(metric_key_prefix))
         return output
