@@ -38,19 +38,39 @@ def train(
     overrides: Overrides = None,
     output: Annotated[str | None, typer.Option(help="Folder of the checkpoint; overrides the recipe's.")] = None,
     baseline: Annotated[bool, typer.Option(help="Also train and measure one LoRA of the same total rank.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint in the folder.")] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Train in so many processes of this machine.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Train so many experts at the same time (method: staged).")] = 1,
+    stage: Annotated[str | None, typer.Option(help="Train only this stage of a run that was begun, and stop.")] = None,
 ) -> None:
     """Train a mixture, measure it on held-out examples, save it.
 
+    A run that was cut off (a signal, a crash, kill -9) goes on where its last whole checkpoint was:
+    [bold]dylora-moe train recipes/skills.yaml --resume[/]. With [bold]accelerate launch[/] or torchrun, start
+    [bold]-m dylora_moe train …[/] in place of a script.
+
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
+    from .training import launch
     from .training.job import Job
     from .training.recipe import load_recipe
 
-    further = [f"output={output}"] if output else []
+    overrides = [*(overrides or []), *([f"output={output}"] if output else [])]
     if baseline:
-        further.append("eval.baseline=true")
-    job = Job(load_recipe(recipe, [*(overrides or []), *further]), console)
-    results = job.run()
+        overrides.append("eval.baseline=true")
+    loaded = load_recipe(recipe, overrides)
+    main_process = os.environ.get("RANK", "0") == "0"
+    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        launch.processes(launch.arguments(recipe, overrides, resume, stage), num_processes)
+        return
+    job = Job(loaded, console if main_process else Console(quiet=True))
+    if jobs > 1:
+        job.begin(resume)
+        launch.stages(job, launch.arguments(recipe, overrides, True, None), jobs, console)
+        resume = True
+    results = job.run(resume, stage)
+    if results is None:
+        return
     for table in results_tables(results):
         console.print(table)
     same = {True: "identical answers", False: "[red]DIFFERENT answers[/]", None: "not compared"}

@@ -18,7 +18,7 @@ GRANULARITIES = ("token", "sequence")
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # what may be set on a mixture's configuration at any time; the set of experts changes through the mixture
-_CHANGEABLE = {
+CHANGEABLE = {
     "top_k",
     "train_top_k",
     "temperature",
@@ -110,7 +110,7 @@ class MoELoraConfig(LoraConfig):
         """Check a routing field that is changed after construction; a refused value leaves the old one."""
         before = self.__dict__.get(name)
         super().__setattr__(name, value)
-        if self.__dict__.get("_built") and name in _CHANGEABLE:
+        if self.__dict__.get("_built") and name in CHANGEABLE:
             try:
                 self.validate()
             except ValueError:

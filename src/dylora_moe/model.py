@@ -136,7 +136,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
     def from_adapters(
         cls,
         base: PreTrainedModel | str,
-        adapters: Mapping[str, str],
+        adapters: Mapping[str, str | LoraConfig],
         config: MoELoraConfig | None = None,
         trainable: bool = False,
         **base_kwargs: Any,
@@ -148,7 +148,8 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
 
         Args:
             base: a loaded causal language model (changed in place), or its name or folder.
-            adapters: expert name → folder or hub id of a stock PEFT LoRA adapter.
+            adapters: expert name → folder or hub id of a stock PEFT LoRA adapter, or the LoRA configuration of a new
+                expert beside them, which is trainable.
             config: the routing; its LoRA fields are the default of experts added later.
             trainable: leave the loaded experts trainable.
             base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
@@ -162,20 +163,20 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
-        loaded = {expert: read_adapter(path, model, expert) for expert, path in adapters.items()}
+        fresh = {expert: source for expert, source in adapters.items() if isinstance(source, LoraConfig)}
+        loaded = {e: read_adapter(str(source), model, e) for e, source in adapters.items() if e not in fresh}
         if config is None:
-            lora = next(iter(loaded.values())).config
+            lora = [*(adapter.config for adapter in loaded.values()), *fresh.values()][0]
             like = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": lora.target_modules}
             config = MoELoraConfig(expert_names=list(adapters), **like)
         else:
             config = copy.deepcopy(config)
             config.set_experts(list(adapters))
-        mixture = cls(
-            model,
-            config,
-            experts={expert: adapter.config for expert, adapter in loaded.items()},
-            base_name=name,
-        )
+        placement = Placement.of(model)
+        lowest = 0 if config.router_layer == "last" else config.resolve_router_layer(placement.num_layers)
+        experts = {expert: placement.fresh_expert(model, source, lowest) for expert, source in fresh.items()}
+        experts = {e: loaded[e].config if e in loaded else experts[e] for e in adapters}
+        mixture = cls(model, config, experts=experts, base_name=name)
         for expert, adapter in loaded.items():
             mixture._load_expert(expert, adapter.tensors)
             if not trainable:

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
-import yaml
-from peft import LoraConfig, get_peft_model
+import torch.distributed as dist
+from peft import get_peft_model
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-from dylora_moe.embedded import resolve_base
-from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, exact_match
+from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.model import DyLoraMoE
 
+from .build import build_mixture, load_base_and_tokenizer, single_lora_config
 from .callbacks import ProgressBar
+from .checkpoints import last_complete
 from .data import Example, fit_to_length, load_examples, mix, to_dataset
+from .measure import Measurement
 from .recipe import Recipe
+from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
+from .schedule import TemperatureSchedule
+from .stages import Stage, stages_of
 from .trainer import MoETrainer, unwrap_head
 
-RESULTS_FILE = "results.json"
-RECIPE_FILE = "recipe.yaml"
-ROUTINGS = ("mixture", "top1", "top2")
+DEFAULT_ARGUMENTS = {
+    "learning_rate": 1e-3,
+    "logging_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 0.25,  # of the stage
+    "save_total_limit": 2,
+    "report_to": "none",
+    "activation_checkpointing": False,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+}
+"""Where a recipe's `train` differs from the defaults of `trl.SFTConfig`."""
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Results:
         metric: `exact_match` (shares) or `loss` (nats per completion token).
         columns: column (`base`, `mixture` for dense weights, `top1`, `top2`, `single`) → domain → value.
         load: domain → expert → share of the tokens, under the default routing.
+        routing: domain → entropy, mean largest weight and co-activation, under the default routing.
         reloaded_identical: whether the saved checkpoint, loaded again, gave the same answers.
         seconds: phase → wall time.
         output: the checkpoint's folder.
@@ -56,6 +67,7 @@ class Results:
     output: str
     columns: dict[str, dict[str, float]] = field(default_factory=dict)
     load: dict[str, dict[str, float]] = field(default_factory=dict)
+    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
     reloaded_identical: bool | None = None
     passes_per_step: float = 1.0
     parameters: dict[str, int] = field(default_factory=dict)
@@ -66,6 +78,7 @@ class Results:
         return {
             **self.columns,
             "load": self.load,
+            "routing": self.routing,
             "metric": self.metric,
             "reloaded_identical": self.reloaded_identical,
             "passes_per_step": self.passes_per_step,
@@ -78,6 +91,8 @@ class Results:
 class Job:
     """One run of a recipe; `run()` does everything.
 
+    Started as one of several processes (torchrun, accelerate), all train and the first one measures and writes.
+
     Args:
         recipe: what to do.
         console: where progress is shown.
@@ -85,211 +100,243 @@ class Job:
 
     def __init__(self, recipe: Recipe, console: Console | None = None):
         self.recipe, self.console = recipe, console or Console()
-        self.output = Path(recipe.output)
-        self.results = Results(recipe.eval.metric, str(self.output))
+        self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.folder = RunFolder(recipe, self.world_size)
+        self.stages = stages_of(recipe)
+        self.results = Results(recipe.eval.metric, str(self.folder.path))
 
-    def run(self) -> Results:
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and measures."""
+        return self.rank == 0
+
+    def run(self, resume: bool = False, only: str | None = None) -> Results | None:
         """Train, measure, save, reload and compare.
+
+        Args:
+            resume: go on from the last whole checkpoint of the run in the output folder.
+            only: train this stage and stop, for stages that run as jobs of their own.
+
+        Returns:
+            the results; None in all processes but the first, and with `only`.
 
         Raises:
             DataError: data that cannot be used; nothing has been trained or written then.
+            RecipeError: `resume` with another recipe.
+            CheckpointError: nothing to resume, or the folder cannot be written.
             ValueError: settings that do not fit the base.
         """
-        recipe = self.recipe
-        set_seed(recipe.seed)
-        if self.output.is_file():
-            raise ValueError(f"output: {self.output} is a file; give a folder.")
-        with self._phase("data"):
-            train, test = self._examples()
+        set_seed(self.recipe.seed)
+        if self.recipe.eval.baseline and self.world_size > 1:
+            raise ValueError("eval.baseline trains a second model in one process; leave it out with several.")
+        stages = [stage for stage in self.stages if only in (None, stage.name)]
+        if not stages:
+            raise ValueError(f"no stage {only!r}; the stages are {', '.join(stage.name for stage in self.stages)}.")
+        if only is None:
+            self.begin(resume)
+        if self.world_size > 1:
+            _ = self.arguments(stages[0]).device  # joins the processes
+            dist.barrier()
         with self._phase("load"):
-            base, self.tokenizer = load_base_and_tokenizer(recipe)
-            train = {name: self._fitting(name, examples) for name, examples in train.items()}
-        with self._phase("evaluate base"):
-            self.results.columns["base"] = self._measure(base, test, "base")
-        with self._phase("build"):
-            set_seed(recipe.seed)
-            mixture = build_mixture(recipe, base)
-        with self._phase("train"):
-            self._train(mixture, train)
-        self.results.passes_per_step = mixture.passes_per_step
-        report = mixture.parameter_report()
-        self.results.parameters = {**report.experts, "router": report.router, "base": report.base}
-        default_k = mixture.moe_config.top_k
-        ks = {"mixture": mixture.router.num_outputs, "top1": 1, "top2": min(2, mixture.router.num_outputs)}
-        for name in ROUTINGS:
-            with self._phase(f"evaluate {name}"):
-                mixture.moe_config.top_k = ks[name]
-                self.results.columns[name] = self._measure(mixture, test, name)
-        mixture.moe_config.top_k = default_k
-        with self._phase("save and reload"):
-            self._load_per_domain(mixture, test)
-            mixture.save_pretrained(self.output, results=self.results.columns)
-            self.tokenizer.save_pretrained(self.output)
-            self.results.reloaded_identical = self._reloads(mixture, test)
-        if recipe.eval.baseline:
-            with self._phase("single LoRA"):
-                self.results.columns["single"] = self._single(mixture, train, test)
-        self._write()
-        return self.results
+            mixture = self._build()
+            self._fit_to_length()
+        for stage in stages:
+            with self._phase(f"train {stage.name}"):
+                mixture = self._run_stage(mixture, stage, resume or only is not None)
+        if self.world_size > 1:
+            dist.destroy_process_group()
+        if only is not None or not self.is_main:
+            return None
+        self._thaw(mixture)
+        return self._finish(mixture)
 
-    # ------------------------------------------------------------------ phases
-
-    def _examples(self) -> tuple[dict[str, list[Example]], list[Example]]:
-        recipe = self.recipe
-        train = {n: load_examples(n, e.data, "train", recipe.seed) for n, e in recipe.experts.items()}
-        test = [
-            example
-            for name, expert in recipe.experts.items()
-            if expert.data.skill is not None or expert.data.test is not None
-            for example in load_examples(name, expert.data, "test", recipe.seed, recipe.eval.samples)
-        ]
-        return train, test
-
-    def _fitting(self, name: str, examples: list[Example]) -> list[Example]:
-        train = self.recipe.train
-        return fit_to_length(
-            examples,
-            self.tokenizer,
-            train.arguments.get("max_length") or self.context,
-            train.too_long,
-            self.recipe.base.chat,
-            f"the training data of {name!r}",
-        )
+    def begin(self, resume: bool = False) -> None:
+        """Read the data and begin the run's folder, or check that the run there can be gone on with."""
+        with self._phase("data"):
+            _ = self.train, self.test  # mistakes in the data show before anything is written or loaded
+        if self.is_main:
+            self.folder.start(resume)
 
     def examples_to_try(self) -> list[str]:
         """A held-out prompt of each domain."""
-        return [examples[0].question for examples in by_domain(self._examples()[1]).values()]
+        return [examples[0].question for examples in by_domain(self.test).values()]
+
+    # ------------------------------------------------------------------ data
+
+    @cached_property
+    def train(self) -> dict[str, list[Example]]:
+        """The training examples of each domain, those held out for validation included at the end."""
+        data = {name: expert.data for name, expert in self.recipe.experts.items()}
+        return {n: load_examples(n, d, "train", self.recipe.seed) for n, d in data.items() if d is not None}
+
+    @cached_property
+    def test(self) -> list[Example]:
+        """The held-out examples of all domains."""
+        data = {name: expert.data for name, expert in self.recipe.experts.items()}
+        return [
+            example
+            for name, d in data.items()
+            if d is not None and (d.skill is not None or d.test is not None)
+            for example in load_examples(name, d, "test", self.recipe.seed, self.recipe.eval.samples)
+        ]
+
+    def _fit_to_length(self) -> None:
+        self.train = {name: self._fitting(name, examples) for name, examples in self.train.items()}
+        held_out = self.recipe.train.validation
+        self.validation = {name: examples[-held_out:] for name, examples in self.train.items() if held_out}
+        if held_out:
+            self.train = {name: examples[:-held_out] for name, examples in self.train.items()}
+            empty = [name for name, examples in self.train.items() if not examples]
+            if empty:
+                raise ValueError(f"train.validation={held_out} leaves no training examples for {', '.join(empty)}.")
+
+    def _fitting(self, name: str, examples: list[Example]) -> list[Example]:
+        train = self.recipe.train
+        length = train.arguments.get("max_length") or self.context
+        what = f"the training data of {name!r}"
+        return fit_to_length(examples, self.tokenizer, length, train.too_long, self.recipe.base.chat, what)
+
+    def _dataset(self, data: dict[str, list[Example]], domains: tuple[str, ...]) -> Any:
+        data = {name: examples for name, examples in data.items() if name in domains}
+        mixed = mix(data, self.recipe.train.mixing, self.recipe.seed)
+        return self._tokenised(mixed)
+
+    def _tokenised(self, examples: list[Example]) -> Any:
+        completion_only = self.recipe.train.arguments.get("completion_only_loss") is not False
+        return to_dataset(examples, self.tokenizer, self.recipe.base.chat, completion_only)
 
     @property
     def context(self) -> int:
         """The longest sequence the base was made for, in tokens."""
         return self.tokenizer.model_max_length
 
-    def _train(self, mixture: DyLoraMoE, train: dict[str, list[Example]]) -> None:
-        recipe = self.recipe.train
-        if recipe.method == "staged":
-            rest = {"domain_coefficient": 0.0, "router_learning_rate": None}
-            self._fit(mixture, train, "experts", max_steps=recipe.expert_steps, force_domains=True, **rest)
-            frozen = [name for name in mixture.expert_names if name not in mixture._frozen_experts]
-            for name in frozen:
-                mixture.freeze_expert(name)
-            self._fit(mixture, train, "router", max_steps=recipe.router_steps)
-            for name in frozen:
-                mixture.unfreeze_expert(name)
-        else:
-            self._fit(mixture, train, "mixture")
+    # ------------------------------------------------------------------ training
 
-    def _fit(
-        self,
-        mixture: DyLoraMoE,
-        train: dict[str, list[Example]],
-        title: str,
-        max_steps: int | None = None,
-        **options: Any,
-    ) -> None:
+    def _build(self) -> DyLoraMoE:
+        base, self.tokenizer = load_base_and_tokenizer(self.recipe)
+        set_seed(self.recipe.seed)
+        return build_mixture(self.recipe, base)
+
+    def _run_stage(self, mixture: DyLoraMoE, stage: Stage, resume: bool) -> DyLoraMoE:
+        """Train a stage, or take over what it trained before; the mixture with its outcome."""
+        folder = self.folder.stage(stage)
+        if not is_finished(folder):
+            stage.set_trainable(mixture)
+            trainer = self._trainer(mixture, stage)
+            trainer.train(resume_from_checkpoint=resume and last_complete(folder) is not None)
+            trainer.save_model(str(folder / TRAINED))
+            if self.is_main:
+                finish(folder, stage, trainer.state.log_history)
+            if self.world_size == 1:
+                return mixture
+            dist.barrier()
+            mixture = self._build()  # what was wrapped or sharded stays behind
+            for earlier in self.stages[: self.stages.index(stage)]:
+                load_finished(mixture, self.folder.stage(earlier), earlier)
+        if stage.router:
+            mixture.start_routing()
+        load_finished(mixture, folder, stage)
+        return mixture
+
+    def _trainer(self, mixture: DyLoraMoE, stage: Stage) -> MoETrainer:
         settings = self.recipe.train
-        options = {
-            "domain_coefficient": settings.domain_coefficient,
-            "router_learning_rate": settings.router_learning_rate,
-            **options,
-        }
+        options: dict[str, Any] = {"force_domains": True}
+        callbacks: list[TrainerCallback] = []
+        if stage.router:
+            options = {
+                "domain_coefficient": settings.domain_coefficient,
+                "router_learning_rate": settings.router_learning_rate,
+                "router_weight_decay": settings.router_weight_decay,
+                "collapse_steps": settings.collapse_steps,
+            }
+            if settings.temperature_start is not None:
+                callbacks.append(TemperatureSchedule(mixture, settings.temperature_start, settings.temperature_share))
+        if settings.early_stopping_patience is not None:
+            patience = (settings.early_stopping_patience, settings.early_stopping_threshold)
+            callbacks.append(EarlyStoppingCallback(*patience))
+        validation = [e for name, examples in self.validation.items() if name in stage.domains for e in examples]
+        arguments = self.arguments(stage)
         trainer = MoETrainer(
             mixture,
-            args=self._arguments(max_steps),
-            train_dataset=self._dataset(train),
+            args=arguments,
+            train_dataset=self._dataset(self.train, stage.domains),
+            eval_dataset=self._tokenised(validation) if validation else None,
             processing_class=self.tokenizer,
-            callbacks=[ProgressBar(self.console, title)],
+            two_phase=settings.two_phase,
+            callbacks=[*callbacks, *self._bars(arguments, stage.name)],
             **options,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        return trainer
 
-    def _single(self, mixture: DyLoraMoE, train: dict[str, list[Example]], test: list[Example]) -> dict[str, float]:
-        """A single LoRA of the summed rank on the same layers and data, with the same settings."""
+    def arguments(self, stage: Stage) -> SFTConfig:
+        """The trainer's arguments for a stage."""
+        arguments = {**DEFAULT_ARGUMENTS, **self.recipe.train.arguments}
+        arguments.setdefault("max_length", None if arguments.get("padding_free") else self.context)
+        if stage.steps is not None:
+            arguments["max_steps"] = stage.steps
+        return SFTConfig(output_dir=str(self.folder.stage(stage)), seed=self.recipe.seed, **arguments)
+
+    def _bars(self, arguments: SFTConfig, title: str) -> list[TrainerCallback]:
+        return [ProgressBar(self.console, title)] if arguments.disable_tqdm and self.is_main else []
+
+    def _thaw(self, mixture: DyLoraMoE) -> None:
+        """Leave as frozen only what the recipe froze."""
+        for name in mixture.expert_names:
+            expert = self.recipe.experts.get(name)
+            if expert is not None and not expert.frozen:
+                mixture.unfreeze_expert(name)
+        mixture.router.requires_grad_(True)
+
+    # ------------------------------------------------------------------ measuring
+
+    def _finish(self, mixture: DyLoraMoE) -> Results:
+        results = self.results
+        results.passes_per_step = mixture.passes_per_step
+        report = mixture.parameter_report()
+        results.parameters = {**report.experts, "router": report.router, "base": report.base}
+        measurement = Measurement(self.recipe, self.tokenizer, self.test, self.console)
+        with self._phase("evaluate base"):
+            results.columns["base"] = measurement.column(mixture, "base", experts="base")
+        with self._phase("evaluate mixture"):
+            results.columns.update(measurement.routings(mixture))
+        with self._phase("save and reload"):
+            routing = measurement.routing(mixture)
+            results.load = {domain: row.pop("load") for domain, row in routing.items()}
+            results.routing = routing
+            mixture.save_pretrained(self.folder.path, results=results.columns)
+            self.tokenizer.save_pretrained(self.folder.path)
+            again = DyLoraMoE.from_pretrained(str(self.folder.path), dtype=getattr(torch, self.recipe.base.dtype))
+            results.reloaded_identical = measurement.same_answers(mixture, again)
+            del again
+        if self.recipe.eval.baseline:
+            with self._phase("single LoRA"):
+                results.columns["single"] = self._single(mixture, measurement)
+        write(self.folder.path / HISTORY_FILE, json.dumps(self.folder.history(self.stages), indent=1) + "\n")
+        write(self.folder.path / RESULTS_FILE, json.dumps(results.to_dict(), indent=2) + "\n")
+        return results
+
+    def _single(self, mixture: DyLoraMoE, measurement: Measurement) -> dict[str, float]:
+        """A single LoRA of the summed rank on the same layers and data, for as many steps, with the same settings."""
         set_seed(self.recipe.seed)
         config = single_lora_config(mixture)
         base, _ = load_base_and_tokenizer(self.recipe)
         model: Any = get_peft_model(base, config)
+        domains = tuple(self.train)
+        steps = [stage.steps for stage in self.stages if stage.steps is not None]
+        stage = Stage("single", (), False, domains, sum(steps) if steps else None)
+        arguments = self.arguments(stage)
         trainer = SFTTrainer(
             model,
-            args=self._arguments(None),
-            train_dataset=self._dataset(train).remove_columns("domain"),
+            args=arguments,
+            train_dataset=self._dataset(self.train, domains).remove_columns("domain"),
             processing_class=self.tokenizer,
-            callbacks=[ProgressBar(self.console, "single LoRA")],
+            callbacks=self._bars(arguments, "single LoRA"),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         model.get_base_model().__dict__.pop("forward", None)
-        return self._measure(model, test, "single")
-
-    def _arguments(self, max_steps: int | None) -> SFTConfig:
-        arguments = {
-            "learning_rate": 1e-3,
-            "logging_steps": 5,
-            "save_strategy": "no",
-            "report_to": "none",
-            "activation_checkpointing": False,
-            "bf16": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            **self.recipe.train.arguments,
-        }
-        arguments.setdefault("max_length", self.context)
-        if max_steps is not None:
-            arguments["max_steps"] = max_steps
-        return SFTConfig(output_dir=str(self.output), seed=self.recipe.seed, **arguments)
-
-    def _dataset(self, train: dict[str, list[Example]]) -> Any:
-        mixed = mix(train, self.recipe.train.mixing, self.recipe.seed)
-        completion_only = self.recipe.train.arguments.get("completion_only_loss") is not False
-        return to_dataset(mixed, self.tokenizer, self.recipe.base.chat, completion_only)
-
-    # ------------------------------------------------------------------ measuring
-
-    def _measure(self, model: Any, test: list[Example], title: str) -> dict[str, float]:
-        if not test:
-            return {}
-        if self.recipe.eval.metric == "exact_match":
-            return exact_match(self._answers(model, test, title), test)
-        result = {}
-        with self._bar(f"evaluate {title}", len(test)) as progress:
-            for examples in by_domain(test).values():
-                length = self.recipe.train.arguments.get("max_length") or self.context
-                result |= completion_loss(
-                    model, self.tokenizer, examples, max_length=length, progress=progress, **self._options()
-                )
-        return result
-
-    def _answers(self, model: Any, test: list[Example], title: str) -> list[str]:
-        texts: list[str] = []
-        with self._bar(f"evaluate {title}", len(test)) as progress:
-            for examples in by_domain(test).values():
-                options = {**self._options(), "max_new_tokens": self.recipe.eval.max_new_tokens}
-                texts += answers(model, self.tokenizer, examples, progress=progress, **options)
-        return texts
-
-    def _options(self) -> dict[str, Any]:
-        return {"batch_size": self.recipe.eval.batch_size, "chat": self.recipe.base.chat}
-
-    def _load_per_domain(self, mixture: DyLoraMoE, test: list[Example]) -> None:
-        for domain, examples in by_domain(test).items():
-            with mixture.trace() as trace:
-                completion_loss(mixture, self.tokenizer, examples[:32], **self._options())
-            self.results.load[domain] = {name: round(share, 4) for name, share in trace.load().items()}
-
-    def _reloads(self, mixture: DyLoraMoE, test: list[Example], per_domain: int = 4) -> bool:
-        """Whether the saved checkpoint answers as the mixture in memory does."""
-        sample = [example for examples in by_domain(test).values() for example in examples[:per_domain]]
-        if not sample:
-            return True
-        again = DyLoraMoE.from_pretrained(str(self.output), dtype=getattr(torch, self.recipe.base.dtype))
-        return self._answers(mixture, sample, "saved") == self._answers(again, sample, "reloaded")
-
-    def _write(self) -> None:
-        file = self.output / RESULTS_FILE
-        file.write_text(json.dumps(self.results.to_dict(), indent=2) + "\n", encoding="utf-8")
-        text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-        (self.output / RECIPE_FILE).write_text(text, encoding="utf-8")
+        return measurement.column(model, "single LoRA")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -297,50 +344,5 @@ class Job:
         yield
         self.results.seconds[name] = time.perf_counter() - started
 
-    @contextmanager
-    def _bar(self, title: str, total: int) -> Iterator[Any]:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda done: progress.advance(task, done)
 
-
-def load_base_and_tokenizer(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's base and its tokenizer, whose `model_max_length` is the base's context."""
-    path = resolve_base(recipe.base.model)
-    revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.base.dtype), **revision)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if context:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return base, tokenizer
-
-
-def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
-    """The untrained mixture of a recipe on `base`."""
-    config = recipe.mixture_config()
-    own = {name: config.expert_config(**expert.lora) for name, expert in recipe.experts.items() if expert.lora}
-    mixture = DyLoraMoE.from_base(base, config, own)
-    folder = Path(recipe.base.model)
-    mixture.base_name = str(folder.resolve()) if folder.is_dir() else recipe.base.model
-    return mixture
-
-
-def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
-    """A single LoRA on the mixture's layers whose rank is the sum of the experts' and whose scaling is the same."""
-    config = mixture.moe_config
-    targets = sorted({layer.routing_name for layer in mixture._layers})
-    total = sum(mixture.lora_config(name).r for name in mixture.expert_names)
-    return config.expert_config(
-        r=total,
-        lora_alpha=config.lora_alpha * total / config.r,
-        target_modules=targets,
-        layers_to_transform=None,
-        exclude_modules=None,
-    )
-
-
-__all__ = ["Job", "Results", "build_mixture", "load_base_and_tokenizer", "single_lora_config", "unwrap_head"]
+__all__ = ["DEFAULT_ARGUMENTS", "Job", "Results", "build_mixture", "load_base_and_tokenizer", "unwrap_head"]

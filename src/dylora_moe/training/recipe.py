@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import RecipeError, build, check_keys, check_mapping, check_value, join, parse_yaml
+from .combinations import check_combinations
+from .schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
 from .sections import BaseRecipe, DataRecipe, EvalRecipe, ExpertRecipe, TrainRecipe, at_least
 
 if TYPE_CHECKING:
@@ -64,10 +65,18 @@ _TRAIN_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `mixture` holds fields of `MoELoraConfig`; `mixture_config()` is the object itself."""
+    """A whole run. `mixture` holds fields of `MoELoraConfig`; `mixture_config()` is the object itself.
+
+    Args:
+        experts: name → expert.
+        start: checkpoint of a mixture to go on with; its experts stay, and those that only `experts` names are added.
+        output: folder of the run and of the resulting checkpoint.
+        seed: of data, weights and training.
+    """
 
     experts: dict[str, ExpertRecipe]
     base: BaseRecipe = field(default_factory=BaseRecipe)
+    start: str | None = None
     mixture: dict[str, Any] = field(default_factory=dict)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     eval: EvalRecipe = field(default_factory=EvalRecipe)
@@ -78,6 +87,11 @@ class Recipe:
         if not self.experts:
             raise ValueError("experts: none given; name at least one, each with its data.")
         at_least(self, "seed", 0)
+        if self.base.model is None and self.start is None:
+            object.__setattr__(self, "base", dataclasses.replace(self.base, model="embedded"))
+        expert = self.train.expert
+        if expert is not None and expert not in self.experts:
+            raise ValueError(f"train.expert: no expert {expert!r} in `experts`.{nearest(expert, self.experts)}")
 
     def mixture_config(self) -> MoELoraConfig:
         """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
@@ -97,7 +111,7 @@ class Recipe:
         data = dataclasses.asdict(self)
         arguments = data["train"].pop("arguments")
         data["train"].update(arguments)
-        return {key: data[key] for key in ("base", "experts", "mixture", "train", "eval", "output", "seed")}
+        return {key: data[key] for key in ("base", "start", "experts", "mixture", "train", "eval", "output", "seed")}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -155,7 +169,10 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
     recipe = build(Recipe, data)
     _check_mixture(recipe)
     experts = {name: _find_files(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
-    return dataclasses.replace(recipe, experts=experts)
+    start = recipe.start and _found_folder(recipe.start, Path(folder))
+    recipe = dataclasses.replace(recipe, experts=experts, start=start)
+    check_combinations(recipe)
+    return recipe
 
 
 def _gather_arguments(train: dict[str, Any]) -> dict[str, Any]:
@@ -175,9 +192,16 @@ def _gather_arguments(train: dict[str, Any]) -> dict[str, Any]:
 def _check_mixture(recipe: Recipe) -> None:
     from peft import LoraConfig
 
-    from dylora_moe.config import MoELoraConfig
+    from dylora_moe.config import CHANGEABLE, MoELoraConfig
 
     _check_library_fields(recipe.mixture, MoELoraConfig, "mixture", _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
+    if recipe.start is not None:
+        for key in recipe.mixture:
+            if key not in CHANGEABLE:
+                raise RecipeError(
+                    f"mixture.{key}: decided by the mixture in `start`; free are {', '.join(sorted(CHANGEABLE))}."
+                )
+        return
     config = recipe.mixture_config()
     for name, expert in recipe.experts.items():
         path = f"experts.{name}.lora"
@@ -210,6 +234,10 @@ def _check_library_fields(
 def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
     """`expert` with the paths of its data files resolved."""
     found = {}
+    if expert.adapter is not None:
+        expert = dataclasses.replace(expert, adapter=_found_folder(expert.adapter, folder))
+    if expert.data is None:
+        return expert
     for key in ("train", "test"):
         value = getattr(expert.data, key)
         if isinstance(value, str):
@@ -220,3 +248,11 @@ def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
                 raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {tried}.")
             found[key] = str(existing[0].resolve())
     return dataclasses.replace(expert, data=dataclasses.replace(expert.data, **found))
+
+
+def _found_folder(value: str, folder: Path) -> str:
+    """The folder `value`, looked up beside the recipe and then here; a name that is none is left as a hub id."""
+    for path in (folder / Path(value).expanduser(), Path(value).expanduser()):
+        if path.is_dir():
+            return str(path.resolve())
+    return value

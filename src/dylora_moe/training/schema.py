@@ -114,6 +114,10 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
     """
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, path)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    optional = [option for option in typing.get_args(hint) if union and dataclasses.is_dataclass(option)]
+    if value is not None and optional:
+        return build(optional[0], value, path)  # type: ignore[arg-type]
     if typing.get_origin(hint) is dict:
         item_hint = typing.get_args(hint)[1]
         items = check_mapping(value, path).items()

@@ -1,0 +1,81 @@
+"""From a recipe to its base, tokenizer and untrained mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dylora_moe.checkpoint import CONFIG_FILE
+from dylora_moe.embedded import resolve_base
+from dylora_moe.files import CheckpointError, local_folder, read_json
+from dylora_moe.model import DyLoraMoE
+
+from .recipe import Recipe
+
+
+def base_name(recipe: Recipe) -> str:
+    """The name of the recipe's base: its own, or that of the mixture in `start`."""
+    if recipe.base.model is not None:
+        return recipe.base.model
+    folder = local_folder(str(recipe.start), [CONFIG_FILE])
+    name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder / CONFIG_FILE} names no base; set base.model.")
+    return str(name)
+
+
+def load_base_and_tokenizer(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's base and its tokenizer, whose `model_max_length` is the base's context."""
+    path = resolve_base(base_name(recipe))
+    revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, **revision)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.base.dtype), **revision)
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return base, tokenizer
+
+
+def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
+    """The mixture of a recipe on `base`, as its training starts: new, imported and continued experts."""
+    if recipe.start is not None:
+        mixture = DyLoraMoE.from_pretrained(recipe.start, base=base)
+        for key, value in recipe.mixture.items():
+            setattr(mixture.moe_config, key, value)
+        for name, expert in recipe.experts.items():
+            if name not in mixture.expert_names:
+                mixture.add_expert(name, expert.adapter or mixture.moe_config.expert_config(**expert.lora))
+            elif expert.adapter or expert.lora:
+                raise ValueError(f"experts.{name}: the mixture in `start` has it; leave out its adapter and lora.")
+    else:
+        config = recipe.mixture_config()
+        sources = {n: e.adapter or config.expert_config(**e.lora) for n, e in recipe.experts.items()}
+        mixture = DyLoraMoE.from_adapters(base, sources, config)
+    for name in mixture.expert_names:
+        expert = recipe.experts.get(name)
+        if expert is None or expert.frozen:
+            mixture.freeze_expert(name)
+        else:
+            mixture.unfreeze_expert(name)
+    name = base_name(recipe)
+    mixture.base_name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return mixture
+
+
+def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
+    """A single LoRA on the mixture's layers whose rank is the sum of the experts' and whose scaling is the same."""
+    config = mixture.moe_config
+    targets = sorted({layer.routing_name for layer in mixture._layers})
+    total = sum(mixture.lora_config(name).r for name in mixture.expert_names)
+    return config.expert_config(
+        r=total,
+        lora_alpha=config.lora_alpha * total / config.r,
+        target_modules=targets,
+        layers_to_transform=None,
+        exclude_modules=None,
+    )

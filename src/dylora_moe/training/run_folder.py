@@ -1,0 +1,195 @@
+"""The folder of a run: what it was asked to do, what it has finished, what it logged.
+
+output/recipe.yaml                 the resolved recipe
+output/environment.json            versions, seed, number of processes
+output/stages/NAME/checkpoint-N    a stage in progress, see `checkpoints`
+output/stages/NAME/trained/        what a finished stage trained: a mixture, or one expert
+output/stages/NAME/history.json    what it logged
+output/stages/NAME/complete        written last; a stage without it is not finished
+output/…                           the resulting mixture, results.json, history.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adapter
+from dylora_moe.files import CheckpointError
+from dylora_moe.model import DyLoraMoE
+
+from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
+from .recipe import Recipe
+from .schema import RecipeError
+from .stages import Stage
+
+RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+HISTORY_FILE = "history.json"
+RESULTS_FILE = "results.json"
+STAGES = "stages"
+TRAINED = "trained"
+PACKAGES = ("dylora-moe", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
+FREE_TO_CHANGE = ("output", "eval")
+"""Sections of a recipe that may differ when a run is resumed: they do not touch the training."""
+
+
+class RunFolder:
+    """The folder of one run of `recipe`.
+
+    Args:
+        recipe: what the run does.
+        world_size: number of processes.
+    """
+
+    def __init__(self, recipe: Recipe, world_size: int = 1):
+        self.recipe, self.world_size = recipe, world_size
+        self.path = Path(recipe.output)
+
+    def start(self, resume: bool) -> None:
+        """Begin the run, or check that it can be gone on with; an earlier finished run is replaced.
+
+        Raises:
+            ValueError: the folder is a file, or holds unfinished work and `resume` is not asked for.
+            RecipeError: `resume`, but the recipe or the number of processes is another one.
+            CheckpointError: `resume`, but there is no run; or the folder cannot be written.
+        """
+        if self.path.is_file():
+            raise ValueError(f"output: {self.path} is a file; give a folder.")
+        if resume:
+            self._check_same()
+            return
+        begun = [folder for folder in self._stage_folders() if last_complete(folder) or is_finished(folder)]
+        if begun and not (self.path / RESULTS_FILE).is_file():
+            raise ValueError(
+                f"{self.path} holds a run that was cut off (stage {begun[-1].name}): go on with --resume, give another "
+                "--output, or remove the folder."
+            )
+        try:
+            shutil.rmtree(self.path / STAGES, ignore_errors=True)
+            for name in (RESULTS_FILE, HISTORY_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+            write(self.path / RECIPE_FILE, text)
+            write(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(), indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written: {error}. Nothing was trained.") from error
+
+    def stage(self, stage: Stage) -> Path:
+        """The folder of a stage."""
+        return self.path / STAGES / stage.name
+
+    def history(self, stages: list[Stage]) -> list[dict[str, Any]]:
+        """What the finished stages logged, each row with its stage."""
+        files = [(stage.name, self.stage(stage) / HISTORY_FILE) for stage in stages]
+        return [
+            {"stage": name, **row}
+            for name, file in files
+            if file.is_file()
+            for row in json.loads(file.read_text(encoding="utf-8"))
+        ]
+
+    def _stage_folders(self) -> list[Path]:
+        folder = self.path / STAGES
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "versions": {name: found for name in PACKAGES if (found := _version(name))},
+            "seed": self.recipe.seed,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "world_size": self.world_size,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+
+    def _check_same(self) -> None:
+        file = self.path / RECIPE_FILE
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path} holds no run to resume ({error.filename} is missing).") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        now = self.recipe.to_dict()
+        for key in FREE_TO_CHANGE:
+            before.pop(key, None)
+            now.pop(key, None)
+        changed = differences(before, now)
+        if changed:
+            raise RecipeError(
+                f"{self.path} was begun with another recipe, so it cannot be resumed: {'; '.join(changed)}. Go back to "
+                "these values, or start afresh with another --output."
+            )
+        if environment.get("world_size") != self.world_size:
+            raise RecipeError(
+                f"{self.path} was begun with {environment.get('world_size')} processes; resume with as many, not with "
+                f"{self.world_size}."
+            )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder was written to its end."""
+    return (folder / COMPLETE_FILE).is_file()
+
+
+def finish(folder: Path, stage: Stage, history: list[dict[str, Any]]) -> None:
+    """Mark a stage as finished, whose outcome is in `folder / "trained"`; of one expert's stage only that is kept."""
+    if not stage.router:
+        for entry in (folder / TRAINED).iterdir():
+            if entry.is_dir() and entry.name not in stage.experts:
+                shutil.rmtree(entry)
+            elif entry.name in (CONFIG_FILE, ROUTER_FILE, CARD_FILE):
+                entry.unlink()
+    write(folder / HISTORY_FILE, json.dumps(history, indent=1) + "\n")
+    mark_complete(folder)
+
+
+def load_finished(mixture: DyLoraMoE, folder: Path, stage: Stage) -> None:
+    """Put what a finished stage trained into the mixture."""
+    trained = folder / TRAINED
+    if stage.router:
+        restore(mixture, trained)
+        return
+    base: Any = mixture.get_base_model()
+    for name in stage.experts:
+        mixture._load_expert(name, read_adapter(trained / name, base, name).tensors)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file as a whole: it is the old one or the new one, never half of it."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """The leaves in which two resolved recipes differ, as `train.max_steps was 5, is 6`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
