@@ -30,8 +30,10 @@ from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, 
 from dylora_moe.model import DyLoraMoE
 
 from .callbacks import ProgressBar
-from .data import Example, fit_to_length, load_examples, mix, to_dataset
+from .data import Example, TooLong, fit_to_length, mix, to_dataset
 from .recipe import Recipe
+from .sections import MIXING_TEMPERATURE
+from .sources import load_recipe_examples
 from .trainer import MoETrainer, unwrap_head
 
 RESULTS_FILE = "results.json"
@@ -100,10 +102,14 @@ class Job:
         if self.output.is_file():
             raise ValueError(f"output: {self.output} is a file; give a folder.")
         with self._phase("data"):
-            train, test = self._examples()
+            train, test = load_recipe_examples(recipe)
         with self._phase("load"):
             base, self.tokenizer = load_base_and_tokenizer(recipe)
-            train = {name: self._fitting(name, examples) for name, examples in train.items()}
+            too_long = recipe.train.too_long
+            train = {name: self._fitting(name, examples, too_long, "training") for name, examples in train.items()}
+            if recipe.eval.metric == "loss":  # a row that was cut could have lost its answer
+                fitting = [self._fitting(n, rows, "drop", "held-out") for n, rows in by_domain(test).items()]
+                test = [example for examples in fitting for example in examples]
         with self._phase("evaluate base"):
             self.results.columns["base"] = self._measure(base, test, "base")
         with self._phase("build"):
@@ -134,31 +140,14 @@ class Job:
 
     # ------------------------------------------------------------------ phases
 
-    def _examples(self) -> tuple[dict[str, list[Example]], list[Example]]:
-        recipe = self.recipe
-        train = {n: load_examples(n, e.data, "train", recipe.seed) for n, e in recipe.experts.items()}
-        test = [
-            example
-            for name, expert in recipe.experts.items()
-            if expert.data.skill is not None or expert.data.test is not None
-            for example in load_examples(name, expert.data, "test", recipe.seed, recipe.eval.samples)
-        ]
-        return train, test
-
-    def _fitting(self, name: str, examples: list[Example]) -> list[Example]:
-        train = self.recipe.train
-        return fit_to_length(
-            examples,
-            self.tokenizer,
-            train.arguments.get("max_length") or self.context,
-            train.too_long,
-            self.recipe.base.chat,
-            f"the training data of {name!r}",
-        )
+    def _fitting(self, name: str, examples: list[Example], too_long: TooLong, what: str) -> list[Example]:
+        length = self.recipe.train.arguments.get("max_length") or self.context
+        what = f"the {what} data of {name!r}"
+        return fit_to_length(examples, self.tokenizer, length, too_long, self.recipe.base.chat, what)
 
     def examples_to_try(self) -> list[str]:
         """A held-out prompt of each domain."""
-        return [examples[0].question for examples in by_domain(self._examples()[1]).values()]
+        return [examples[0].question for examples in by_domain(load_recipe_examples(self.recipe)[1]).values()]
 
     @property
     def context(self) -> int:
@@ -240,8 +229,11 @@ class Job:
         return SFTConfig(output_dir=str(self.output), seed=self.recipe.seed, **arguments)
 
     def _dataset(self, train: dict[str, list[Example]]) -> Any:
-        mixed = mix(train, self.recipe.train.mixing, self.recipe.seed)
-        completion_only = self.recipe.train.arguments.get("completion_only_loss") is not False
+        settings = self.recipe.train
+        weights = {name: expert.data.weight for name, expert in self.recipe.experts.items()}
+        temperature = settings.mixing_temperature or MIXING_TEMPERATURE
+        mixed = mix(train, settings.mixing, self.recipe.seed, weights, temperature)
+        completion_only = settings.arguments.get("completion_only_loss") is not False
         return to_dataset(mixed, self.tokenizer, self.recipe.base.chat, completion_only)
 
     # ------------------------------------------------------------------ measuring

@@ -59,6 +59,11 @@ _TRAIN_ELSEWHERE = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
     "resume_from_checkpoint": "resume is asked for on the command line",
+    "dataset_text_field": "set `experts.NAME.data.columns: {text: …}`",
+    "dataset_kwargs": "the data is handed over tokenised",
+    "assistant_only_loss": "of `messages` only the assistant's turns are learnt anyway",
+    "chat_template_path": "the chat template is the base's; set `base.chat`",
+    "eos_token": "it is the base's",
 }
 
 
@@ -78,6 +83,9 @@ class Recipe:
         if not self.experts:
             raise ValueError("experts: none given; name at least one, each with its data.")
         at_least(self, "seed", 0)
+        for name, expert in self.experts.items():
+            if "messages" in expert.data.columns and not self.base.chat:
+                raise ValueError(f"experts.{name}.data.columns: messages need a chat template; set base.chat: true.")
 
     def mixture_config(self) -> MoELoraConfig:
         """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
@@ -154,7 +162,7 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
         data["train"] = _gather_arguments(check_mapping(data["train"], "train"))
     recipe = build(Recipe, data)
     _check_mixture(recipe)
-    experts = {name: _find_files(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
+    experts = {name: _find_data(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
     return dataclasses.replace(recipe, experts=experts)
 
 
@@ -207,16 +215,30 @@ def _check_library_fields(
         check_value(value, hints[key], join(path, key))
 
 
-def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
-    """`expert` with the paths of its data files resolved."""
+def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
+    """`expert` with the paths of its data resolved; a `path` that is no folder here is left to be a hub id."""
     found = {}
     for key in ("train", "test"):
         value = getattr(expert.data, key)
         if isinstance(value, str):
-            candidates = [folder / Path(value).expanduser(), Path(value).expanduser()]
-            existing = [path for path in candidates if path.is_file()]
+            existing = [path for path in _candidates(folder, value) if path.is_file()]
             if not existing:
-                tried = " and ".join(dict.fromkeys(str(path.absolute()) for path in candidates))
-                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {tried}.")
+                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {_tried(folder, value)}.")
             found[key] = str(existing[0].resolve())
+    if (value := expert.data.path) is not None:
+        existing = [path for path in _candidates(folder, value) if path.exists()]
+        if existing and not existing[0].is_dir():
+            raise RecipeError(f"experts.{name}.data.path: {value!r} is a file; give it as `train`.")
+        if existing:
+            found["path"] = str(existing[0].resolve())
+        elif value.startswith(("/", ".", "~")):
+            raise RecipeError(f"experts.{name}.data.path: no folder {value!r}; looked for {_tried(folder, value)}.")
     return dataclasses.replace(expert, data=dataclasses.replace(expert.data, **found))
+
+
+def _candidates(folder: Path, value: str) -> list[Path]:
+    return [folder / Path(value).expanduser(), Path(value).expanduser()]
+
+
+def _tried(folder: Path, value: str) -> str:
+    return " and ".join(dict.fromkeys(str(path.absolute()) for path in _candidates(folder, value)))
