@@ -180,7 +180,15 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         ),
         (data(path="a/b", columns={"text": "t", "prompt": "q"}), r"columns: text, prompt do not go together"),
         (data(path="a/b", columns={"text": 3}), r"^experts\.a\.data\.columns\.text: expected text, got 3"),
-        (data(path="a/b", columns={"messages": "m"}), r"^experts\.a\.data\.columns: messages .* set base\.chat: true"),
+        (data(path="a/b", columns={"messages": "m"}), r"^experts\.a\.data: chat messages .* set base\.chat: true"),
+        (
+            data(path="a/b", test_split="test", columns={"text": "t"}),
+            r"^experts\.a\.data: eval\.metric=exact_match compares",
+        ),
+        (
+            {**data(path="a/b", columns={"text": "t"}), "mixture": {"granularity": "sequence"}},
+            r"^experts\.a\.data: mixture\.granularity=sequence routes by the prompt",
+        ),
         (data(path="a/b", filter={"kind": {"x": 1}}), r"filter: kind=\{'x': 1\}: expected text, a number"),
         (data(path="a/b", filter={"kind": []}), r"filter: kind=\[\]: expected text, a number"),
         (data(path="a/b", test_limit=3), r"test_limit=3 without held-out data; add `test` or `test_split`"),

@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
 
 from dylora_moe.training.data import DataError, Example
-from dylora_moe.training.recipe import DataRecipe, parse_recipe
+from dylora_moe.training.recipe import DataRecipe, RecipeError, parse_recipe
 from dylora_moe.training.skills import generate
 from dylora_moe.training.sources import load_examples, load_recipe_examples
 
@@ -393,7 +393,7 @@ def test_data_must_go_with_the_settings(tmp_path):
             r"granularity=sequence .* set mixture\.granularity: token",
         ),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(RecipeError, match=message):
             load_recipe_examples(recipe(tmp_path, row, **sections))
     train, test = load_recipe_examples(recipe(tmp_path, text, **loss))
     assert train == {"law": test} == {"law": [Example("", "t", "law")]}

@@ -49,6 +49,11 @@ class Example:
     separator: str = "\n"
 
     @property
+    def form(self) -> Literal["messages", "prompt", "text"]:
+        """What the prompt is: messages, text, or nothing before plain text."""
+        return "messages" if isinstance(self.prompt, list) else "prompt" if self.prompt else "text"
+
+    @property
     def question(self) -> str:
         """The prompt's text; of messages the last one's, of plain text the first words."""
         if isinstance(self.prompt, list):
@@ -97,9 +102,7 @@ def mix(
         rng.shuffle(names)
         return [next(passes[name]) for name in names]
     places = sorted(
-        (Fraction(2 * i + 1, 2 * counts[name]), at, name)
-        for at, name in enumerate(domains)
-        for i in range(counts[name])
+        ((2 * i + 1) / (2 * counts[name]), at, name) for at, name in enumerate(domains) for i in range(counts[name])
     )
     spread = [next(passes[name]) for _, _, name in places]
     rounds = [spread[start : start + len(domains)] for start in range(0, len(spread), len(domains))]
@@ -173,7 +176,7 @@ def as_row(example: Example, chat: bool = False) -> dict[str, Any]:
     Raises:
         DataError: the prompt is messages and `chat` is off.
     """
-    if example.prompt == "":
+    if example.form == "text":
         return {"text": example.completion, "domain": example.domain}
     if not chat:
         if isinstance(example.prompt, list):

@@ -84,8 +84,33 @@ class Recipe:
             raise ValueError("experts: none given; name at least one, each with its data.")
         at_least(self, "seed", 0)
         for name, expert in self.experts.items():
-            if "messages" in expert.data.columns and not self.base.chat:
-                raise ValueError(f"experts.{name}.data.columns: messages need a chat template; set base.chat: true.")
+            for form in set(expert.data.columns) & {"messages", "text"}:
+                self.check_form(name, form, expert.data.has_test)
+
+    def check_form(self, name: str, form: str, held_out: bool) -> None:
+        """Whether an expert's data can have this form under the recipe's settings.
+
+        Args:
+            name: the expert.
+            form: `messages`, `prompt` or `text`.
+            held_out: whether held-out data has it, too.
+
+        Raises:
+            RecipeError: it cannot; the message names the setting to change.
+        """
+        where = f"experts.{name}.data"
+        if form == "messages" and not self.base.chat:
+            raise RecipeError(f"{where}: chat messages need a chat template; set base.chat: true.")
+        if form == "text" and self.mixture.get("granularity") == "sequence":
+            raise RecipeError(
+                f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
+                "mixture.granularity: token."
+            )
+        if form == "text" and held_out and self.eval.metric == "exact_match":
+            raise RecipeError(
+                f"{where}: eval.metric=exact_match compares answers to prompts, which plain text does not have; set "
+                "eval.metric: loss."
+            )
 
     def mixture_config(self) -> MoELoraConfig:
         """The `MoELoraConfig` that `mixture` and the names in `experts` describe.

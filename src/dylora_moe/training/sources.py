@@ -29,8 +29,8 @@ def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list
     """The training examples of every expert and all held-out ones, checked against the recipe's settings.
 
     Raises:
-        DataError: as `load_examples`, or a kind of data that `base.chat`, `mixture.granularity` or `eval.metric` does
-            not allow.
+        DataError: as `load_examples`.
+        RecipeError: as `Recipe.check_form`.
     """
     train: dict[str, list[Example]] = {}
     test: list[Example] = []
@@ -39,7 +39,8 @@ def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list
         held_out: list[Example] = []
         if expert.data.has_test:
             held_out = load_examples(name, expert.data, "test", recipe.seed, recipe.eval.samples)
-        _check_settings(recipe, name, train[name], held_out)
+        for form in {example.form for example in train[name]} | {example.form for example in held_out}:
+            recipe.check_form(name, form, any(example.form == form for example in held_out))
         test += held_out
     return train, test
 
@@ -316,22 +317,6 @@ def _turns(messages: Any, place: str) -> Iterator[tuple[list[dict[str, str]], st
     if not turns:
         raise DataError(f"{place}: no message of the assistant, so there is nothing to learn.")
     yield from turns
-
-
-def _check_settings(recipe: Recipe, name: str, train: list[Example], test: list[Example]) -> None:
-    where = f"experts.{name}.data"
-    if not recipe.base.chat and any(isinstance(example.prompt, list) for example in [*train, *test]):
-        raise DataError(f"{where}: chat messages need a chat template; set base.chat: true.")
-    if recipe.mixture.get("granularity") == "sequence" and any(example.prompt == "" for example in [*train, *test]):
-        raise DataError(
-            f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
-            "mixture.granularity: token."
-        )
-    if recipe.eval.metric == "exact_match" and any(example.prompt == "" for example in test):
-        raise DataError(
-            f"{where}: eval.metric=exact_match compares answers to prompts, which plain text does not have; set "
-            "eval.metric: loss."
-        )
 
 
 def _listed(values: Iterable[str]) -> str:
