@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
@@ -103,6 +104,40 @@ def test_loss_metric_on_jsonl_and_baseline(recipe, tmp_path):
     assert set(results["single"]) == {"one", "two"}
     assert 3 < results["base"]["one"] < 8  # a random model over 257 tokens: about log 257
     assert "Held-out loss" in result.output
+
+
+def test_chats_text_and_prompts_from_several_formats_in_one_mixture(recipe, base, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+    shutil.copytree(base, tmp_path / "chat-base")
+    tokenizer.save_pretrained(tmp_path / "chat-base")
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}] * 2
+    (tmp_path / "chat.json").write_text(json.dumps([{"messages": turns}] * 3))
+    (tmp_path / "prose.csv").write_text("text\n" + "once upon a time\n" * 4 + "x" * 300 + "\n")
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"q": f"q{i}", "a": "yes"}) for i in range(5)))
+    files = {
+        "chat": ("chat.json", {}),
+        "prose": ("prose.csv", {}),
+        "asked": ("asked.jsonl", {"prompt": "q", "completion": "a"}),
+    }
+    experts = {
+        name: {"data": {"train": file, "test": file, "columns": columns, "weight": 2.0}}
+        for name, (file, columns) in files.items()
+    }
+    train = {**TRAIN, "mixing": "temperature", "too_long": "drop", "completion_only_loss": False}
+    path = recipe(
+        base={"model": str(tmp_path / "chat-base"), "chat": True}, experts=experts, train=train, eval={"metric": "loss"}
+    )
+    with caplog.at_level("WARNING", "dylora_moe.training.data"):
+        result = runner.invoke(app, ["train", path], catch_exceptions=False)
+    assert result.exit_code == 0
+    for what in ("training", "held-out"):
+        assert f"the {what} data of 'prose': 1 of 5 examples exceed 256 tokens (the longest has 301); dropped." in (
+            caplog.messages
+        )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(3 < results["mixture"][name] < 8 for name in experts)
+    assert results["reloaded_identical"] is True
 
 
 def test_generate_and_inspect(recipe, tmp_path):

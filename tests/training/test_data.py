@@ -1,10 +1,11 @@
-"""Reading examples, their length, mixing, and the form TRL gets."""
+"""Examples: their length, mixing, and the form TRL gets."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -16,17 +17,15 @@ from trl import SFTConfig, SFTTrainer
 from dylora_moe.training.data import (
     DataError,
     Example,
+    apportion,
     as_row,
+    domain_counts,
     encode,
     encode_prompt,
     fit_to_length,
-    load_examples,
     mix,
-    read_jsonl,
     to_dataset,
 )
-from dylora_moe.training.recipe import DataRecipe
-from dylora_moe.training.skills import generate
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
@@ -48,95 +47,8 @@ def tokenizer():
     return made
 
 
-def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
-    return path
-
-
 def words(count):
     return " ".join(f"w{i % 20}" for i in range(count))
-
-
-# Reading
-
-
-def test_extra_keys_are_kept_aside_and_blank_lines_skipped(tmp_path):
-    file = write(
-        tmp_path / "d.jsonl", {"prompt": "p", "completion": "c", "id": 7}, "", {"prompt": "q", "completion": "d"}
-    )
-    examples = read_jsonl(file, domain="sql")
-    assert examples == [Example("p", "c", "sql"), Example("q", "d", "sql")]
-    assert [example.extra for example in examples] == [{"id": 7}, {}]
-
-
-def test_unicode_and_a_byte_order_mark_are_read(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"prompt": "é", "completion": "日"}\n'.encode())
-    assert read_jsonl(tmp_path / "d.jsonl") == [Example("é", "日")]
-
-
-def test_limit_stops_before_the_lines_after_it(tmp_path):
-    file = write(tmp_path / "d.jsonl", *({"prompt": f"p{i}", "completion": "c"} for i in range(3)), "{broken")
-    assert [example.prompt for example in read_jsonl(file, limit=2)] == ["p0", "p1"]
-    assert len(read_jsonl(file, limit=3)) == 3
-    with pytest.raises(DataError, match="line 4"):
-        read_jsonl(file, limit=4)
-
-
-GOOD = '{"prompt": "p", "completion": "c"}'
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([GOOD, "{'prompt': 1}"], r"d\.jsonl, line 2: not valid JSON \(Expecting property name.*column 2\)"),
-        ([GOOD, "", '{"prompt": "p", "completion": "c"'], r"d\.jsonl, line 3: not valid JSON"),
-        (['["p", "c"]'], r"line 1: expected an object with 'prompt' and 'completion', got list"),
-        ([GOOD, '{"prompt": "p", "answer": "c"}'], r"line 2: no 'completion'\. Its keys: answer, prompt"),
-        (['{"promt": "p", "completion": "c"}'], r"line 1: no 'prompt'\. Its keys: completion, promt"),
-        (["{}"], r"line 1: no 'prompt'\. Its keys: none"),
-        ([GOOD, '{"prompt": "p", "completion": 4}'], r"line 2: 'completion' must be text, got 4"),
-        ([GOOD, '{"prompt": "p", "completion": null}'], r"line 2: 'completion' must be text, got None"),
-        ([GOOD, '{"prompt": "p", "completion": " \\n"}'], r"line 2: empty 'completion'; there is nothing to learn"),
-        (['{"prompt": "", "completion": "c"}'], r"line 1: empty 'prompt'; there is nothing to ask"),
-        ([""], r"d\.jsonl: no examples; expected one JSON object"),
-    ],
-)
-def test_unusable_lines_are_named(tmp_path, lines, message):
-    with pytest.raises(DataError, match=message):
-        read_jsonl(write(tmp_path / "d.jsonl", *lines))
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read: No such file"):
-        read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
-        read_jsonl(tmp_path)
-    (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "\xe9"}')
-    with pytest.raises(DataError, match=r"latin\.jsonl, line 2: not UTF-8 text \(.*at byte 12\)"):
-        read_jsonl(tmp_path / "latin.jsonl")
-
-
-def test_examples_of_an_expert_come_from_its_skill_or_file(tmp_path):
-    skill = DataRecipe(skill="date", train=5, test=4)
-    rows = generate("date", "train", 5, seed=3)
-    assert load_examples("when", skill, "train", seed=3) == [
-        Example(row["prompt"], row["completion"], "when") for row in rows
-    ]
-    assert len(load_examples("when", skill, "test")) == 4
-    assert len(load_examples("when", skill, "test", limit=2)) == 2
-
-    file = str(write(tmp_path / "d.jsonl", *({"prompt": f"p{i}", "completion": "c"} for i in range(9))))
-    data = DataRecipe(train=file, test=file, limit=4, test_limit=3)
-    assert [example.prompt for example in load_examples("a", data, "train")] == ["p0", "p1", "p2", "p3"]
-    assert len(load_examples("a", data, "test")) == 3
-    assert len(load_examples("a", data, "test", limit=2)) == 2
-    assert len(load_examples("a", data, "test", limit=8)) == 3
-
-
-def test_a_missing_test_file_names_the_expert(tmp_path):
-    file = str(write(tmp_path / "d.jsonl", GOOD))
-    with pytest.raises(DataError, match=r"experts\.law\.data has no test file; add `test: FILE\.jsonl`"):
-        load_examples("law", DataRecipe(train=file), "test")
 
 
 # Mixing
@@ -190,8 +102,76 @@ def test_nothing_to_mix_is_refused():
         mix(domains(a=1, b=0, c=0))
     with pytest.raises(DataError, match="no examples to mix for any domain"):
         mix({})
-    with pytest.raises(ValueError, match="mixing='even': choose proportional or equal"):
+    with pytest.raises(ValueError, match="mixing='even': choose proportional, equal or temperature"):
         mix(domains(a=1), "even")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"mixing=proportional leaves 'b' no example at weight=0\.1; raise it"):
+        mix(domains(a=9, b=4), weights={"b": 0.1})
+    with pytest.raises(DataError, match=r"mixing=temperature leaves 'b' no example at weight=0\.001"):
+        mix(domains(a=99, b=1), "temperature", weights={"b": 0.001}, temperature=1)
+
+
+def counted(mixed):
+    return Counter(example.domain for example in mixed)
+
+
+def test_apportion_is_the_largest_remainder():
+    """Hamilton's method on a textbook's numbers, and on ties."""
+    votes = {"a": 47000, "b": 16000, "c": 15900, "d": 12000, "e": 6000, "f": 3100}
+    assert apportion(10, votes) == {"a": 5, "b": 2, "c": 1, "d": 1, "e": 1, "f": 0}
+    assert apportion(2, {"a": 1, "b": 1, "c": 1}) == {"a": 1, "b": 1, "c": 0}
+    assert apportion(100, {"a": 30.0, "b": 70.0}) == {"a": 30, "b": 70}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mixing", "weights", "temperature", "counts"),
+    [
+        ((30, 10), "proportional", (1, 1), 2, (30, 10)),
+        ((30, 10), "proportional", (0.5, 2), 2, (15, 20)),
+        ((10, 10), "proportional", (2.5, 0.33), 2, (25, 3)),
+        ((30, 10, 7), "equal", (1, 1, 1), 2, (30, 30, 30)),
+        ((30, 10), "equal", (2, 1), 2, (30, 15)),
+        ((30, 10), "equal", (1, 4), 2, (30, 120)),
+        ((10, 10), "equal", (0.1, 0.3), 2, (10, 30)),
+        ((10, 7), "equal", (3, 2), 2, (11, 7)),  # 7 / (2/5) = 17.5, so 18 in all: 10.8 and 7.2
+        ((90, 10), "temperature", (1, 1), 2, (75, 25)),  # √90 : √10 = 3 : 1
+        ((90, 10), "temperature", (1, 9), 2, (50, 50)),
+        ((90, 10), "temperature", (1, 1), 1, (90, 10)),
+        ((90, 10), "temperature", (1, 1), math.inf, (50, 50)),
+        ((64, 8, 1), "temperature", (1, 1, 1), 3, (42, 21, 10)),  # 4 : 2 : 1 of 73 is 41.7, 20.9, 10.4
+    ],
+)
+def test_an_epoch_has_exact_shares(sizes, mixing, weights, temperature, counts):
+    names = "abc"[: len(sizes)]
+    sizes, weights, counts = (dict(zip(names, values, strict=True)) for values in (sizes, weights, counts))
+    assert domain_counts(sizes, mixing, weights, temperature) == counts
+    mixed = mix(domains(**sizes), mixing, 0, weights, temperature)
+    assert counted(mixed) == counts
+    for name in names:  # nobody comes again before everybody came: the times differ by one at most
+        times = Counter(example.prompt for example in mixed if example.domain == name)
+        assert max(times.values()) - min([times[f"{name}{i}"] for i in range(sizes[name])]) <= 1
+
+
+def test_temperature_goes_through_a_domain_before_it_repeats():
+    mixed = mix(domains(a=81, b=1, c=9), "temperature", seed=4)
+    assert mixed == mix(domains(a=81, b=1, c=9), "temperature", seed=4)
+    assert mixed != mix(domains(a=81, b=1, c=9), "temperature", seed=5)
+    counts = counted(mixed)
+    assert counts == {"a": 63, "c": 21, "b": 7}
+    order = [example.prompt for example in mixed if example.domain == "c"]
+    passes = [order[start : start + 9] for start in (0, 9)]
+    assert sorted(passes[0]) == sorted(passes[1])
+    assert passes[0] != passes[1]
+    assert {example.domain for example in mixed[:20]} == {"a", "b", "c"}
+
+
+def test_equal_mixing_spreads_unequal_weights():
+    """Weights 2, 1, 1: every twelve consecutive examples hold 6, 3 and 3, give or take one round's shuffling."""
+    mixed = mix(domains(a=40, b=20, c=20), "equal", seed=1, weights={"a": 2})
+    assert counted(mixed) == {"a": 40, "b": 20, "c": 20}
+    for start in range(0, len(mixed), 12):
+        part = counted(mixed[start : start + 12])
+        expected = {"a": 6, "b": 3, "c": 3} if start < 72 else {"a": 4, "b": 2, "c": 2}
+        assert all(abs(part[name] - count) <= 1 for name, count in expected.items()), start
 
 
 # The form TRL gets
@@ -334,6 +314,18 @@ def test_drop_and_truncate_say_how_many(tokenizer, caplog):
         assert "2 of 3 examples exceed 10 tokens (the longest has 15); dropped." in caplog.messages[-1]
         assert fit_to_length(examples, tokenizer, 10, "truncate") == examples[:2]
         assert "the end is cut off, and 1 are dropped because the prompt alone is that long" in caplog.messages[-1]
+
+
+def test_chats_that_the_template_cannot_take_are_data_errors(tokenizer):
+    strict = copy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        DataError, match="refuses a conversation of system, user, assistant, user: roles must alternate"
+    ):
+        encode(Example(CHAT, "w1"), strict, chat=True)
+    strict.chat_template = None
+    with pytest.raises(DataError, match=r"no chat template; set base\.chat: false"):
+        encode(Example("w1", "w1"), strict, chat=True)
 
 
 def test_nothing_left_is_an_error(tokenizer):

@@ -17,6 +17,10 @@ def minimal(**sections):
     return {"experts": {"json": {"data": {"skill": "json"}}, "sql": {"data": {"skill": "sql"}}}, **sections}
 
 
+def data(**options):
+    return {"experts": {"a": {"data": options}}}
+
+
 def test_defaults_are_written_out():
     recipe = parse_recipe(minimal())
     assert list(recipe.experts) == ["json", "sql"]
@@ -35,14 +39,14 @@ def test_every_section_reaches_its_field():
         minimal(
             base={"model": "some/where", "revision": "main", "dtype": "bfloat16", "chat": True},
             mixture={"r": 4, "lora_alpha": 8, "top_k": 1, "router_layer": "last", "target_modules": ["q_proj"]},
-            train={"method": "staged", "expert_steps": 3, "router_steps": 2, "learning_rate": 1e-3, "max_steps": 5},
+            train={"method": "staged", "expert_steps": 3, "router_steps": 2, "learning_rate": 1e-3},
             eval={"metric": "loss", "samples": 4, "batch_size": 2, "max_new_tokens": 7, "baseline": True},
             output="elsewhere",
             seed=3,
         )
     )
     assert (recipe.base.model, recipe.base.revision, recipe.base.chat) == ("some/where", "main", True)
-    assert recipe.train.arguments == {"learning_rate": 1e-3, "max_steps": 5}
+    assert recipe.train.arguments == {"learning_rate": 1e-3}
     assert (recipe.train.expert_steps, recipe.train.router_steps) == (3, 2)
     assert (recipe.eval.samples, recipe.eval.batch_size, recipe.eval.baseline) == (4, 2, True)
     assert (recipe.output, recipe.seed) == ("elsewhere", 3)
@@ -58,6 +62,33 @@ def test_to_dict_is_a_recipe_that_reads_back_as_itself():
     assert data["train"]["learning_rate"] == 2e-3
     assert data["train"]["mixing"] == "proportional"
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(data))) == recipe
+
+
+def test_every_source_of_data_reads_back_as_itself(tmp_path):
+    for name in ("d.csv", "d.parquet"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    experts = {
+        "files": {"train": "d.csv", "test": "d.parquet", "limit": 3, "columns": {"prompt": "q"}, "weight": 2},
+        "hub": {"path": "some/where", "name": "main", "test_split": "validation", "revision": "v1"},
+        "folder": {"path": "folder", "filter": {"kind": ["x", 1, True]}, "columns": {"messages": "chat"}},
+        "skill": {"skill": "json", "weight": 0.5},
+    }
+    recipe = parse_recipe(
+        {
+            "base": {"chat": True},
+            "experts": {name: {"data": options} for name, options in experts.items()},
+            "train": {"mixing": "temperature"},
+        },
+        tmp_path,
+    )
+    assert recipe.experts["files"].data.test == str(tmp_path / "d.parquet")
+    assert recipe.experts["folder"].data.path == str(tmp_path / "folder")
+    assert recipe.experts["hub"].data.path == "some/where"
+    assert recipe.experts["hub"].data.split == "train"
+    assert recipe.train.mixing_temperature == 2.0
+    assert [expert.data.has_test for expert in recipe.experts.values()] == [True, True, False, True]
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
 def test_mixture_config_does_not_share_lists_with_the_recipe():
@@ -99,7 +130,10 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
         (minimal(seed=True), r"^seed: expected an integer, got True"),
         (minimal(base=["embedded"]), r"^base: expected a mapping, got \['embedded'\]"),
         (minimal(base={"dtype": "int8"}), r"^base\.dtype: expected one of 'float32', .* got 'int8'"),
-        (minimal(train={"method": "jiont"}), r"^train\.method: expected one of 'joint', 'staged', got 'jiont'"),
+        (
+            minimal(train={"method": "jiont"}),
+            r"^train\.method: expected one of 'joint', 'staged', 'router', 'expert', got 'jiont'",
+        ),
         (minimal(train={"max_steps": "five"}), r"^train\.max_steps: expected an integer, got 'five'"),
         (minimal(train={"learning_rate": True}), r"^train\.learning_rate: expected a number, got True"),
         (minimal(train={"learning_rate": "fast"}), r"^train\.learning_rate: expected a number, got 'fast'"),
@@ -123,12 +157,60 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         ({}, r"^experts: missing"),
         ({"experts": {}}, r"^experts: none given"),
         ({"experts": None}, r"^experts: none given"),
-        ({"experts": {"a": {}}}, r"^experts\.a\.data: missing"),
+        ({"experts": {"a": {}}}, r"^experts: none has data and may be trained"),
         ({"experts": {"a": {"data": {}}}}, r"^experts\.a\.data: no data: give `train: FILE\.jsonl`"),
         ({"experts": {"a": {"data": {"skill": "jsn"}}}}, r"unknown skill 'jsn'\. Did you mean 'json'\? Skills: json, "),
         ({"experts": {"a": {"data": {"skill": "json", "train": "x.jsonl"}}}}, r"train='x\.jsonl' is a file, but"),
         ({"experts": {"a": {"data": {"skill": "json", "limit": 3}}}}, r"limit is for files"),
         ({"experts": {"a": {"data": {"skill": "json", "test": 0}}}}, r"^experts\.a\.data: test=0: must be 1 or more"),
+        (data(skill="json", path="a/b"), r"^experts\.a\.data: skill='json' and path='a/b': give one source"),
+        (
+            data(skill="json", columns={"text": "t"}),
+            r"columns=\{'text': 't'\} is for files and datasets; `skill: json`",
+        ),
+        (data(skill="json", filter={"a": 1}), r"filter=\{'a': 1\} is for files and datasets; `skill: json` has no"),
+        (data(skill="json", split="train"), r"split='train' is for a dataset; give its id or folder as `path`"),
+        (data(train="d.jsonl", revision="v1"), r"revision='v1' is for a dataset"),
+        (data(path="a/b", train="d.jsonl"), r"train='d\.jsonl' beside path='a/b'; choose its part with `split`"),
+        (data(path="a/b", test=5), r"test=5 beside path='a/b'; choose its part with `test_split`"),
+        (
+            data(train="d.tsv"),
+            r"train='d\.tsv': unknown kind of file; expected \.jsonl, \.jsonl\.gz, .*\.parquet, \.csv",
+        ),
+        (
+            data(path="a/b", columns={"promt": "q"}),
+            r"columns: no field 'promt'\. Did you mean 'prompt'\? Fields: messages",
+        ),
+        (data(path="a/b", columns={"text": "t", "prompt": "q"}), r"columns: text, prompt do not go together"),
+        (data(path="a/b", columns={"text": 3}), r"^experts\.a\.data\.columns\.text: expected text, got 3"),
+        (data(path="a/b", columns={"messages": "m"}), r"^experts\.a\.data: chat messages .* set base\.chat: true"),
+        (
+            data(path="a/b", test_split="test", columns={"text": "t"}),
+            r"^experts\.a\.data: eval\.metric=exact_match compares",
+        ),
+        (
+            {**data(path="a/b", columns={"text": "t"}), "mixture": {"granularity": "sequence"}},
+            r"^experts\.a\.data: mixture\.granularity=sequence routes by the prompt",
+        ),
+        (data(path="a/b", filter={"kind": {"x": 1}}), r"filter: kind=\{'x': 1\}: expected text, a number"),
+        (data(path="a/b", filter={"kind": []}), r"filter: kind=\[\]: expected text, a number"),
+        (data(path="a/b", test_limit=3), r"test_limit=3 without held-out data; add `test` or `test_split`"),
+        (data(path="a/b", weight=0.0), r"^experts\.a\.data: weight=0\.0: must be greater than 0"),
+        (data(path="a/b", weight=float("nan")), r"weight=nan: must be greater than 0"),
+        (data(path="./no/where"), r"^experts\.a\.data\.path: no folder '\./no/where'; looked for /.*no/where"),
+        (data(path=__file__), r"^experts\.a\.data\.path: '.*test_recipe\.py' is a file; give it as `train`"),
+        (
+            minimal(train={"mixing_temperature": 3.0}),
+            r"^train: mixing_temperature=3\.0 is for `mixing: temperature`, not",
+        ),
+        (
+            minimal(train={"mixing": "temperature", "mixing_temperature": 0.5}),
+            r"^train: mixing_temperature=0\.5: must be 1 \(proportional\) or more",
+        ),
+        (
+            minimal(train={"assistant_only_loss": True}),
+            r"^train\.assistant_only_loss: not set here; of `messages` only",
+        ),
         ({"experts": {"a": {"data": {"train": 100}}}}, r"train=100 is a number of examples, which needs `skill"),
         (minimal(mixture={"top_k": 3}), r"^mixture: top_k=3 with 2 experts"),
         (minimal(mixture={"num_experts": 2}), r"^mixture\.num_experts: not set here; it follows from `experts`"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dylora_moe.checkpoint import CONFIG_FILE
 from dylora_moe.embedded import resolve_base
@@ -27,18 +27,25 @@ def base_name(recipe: Recipe) -> str:
     return str(name)
 
 
-def load_base_and_tokenizer(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's base and its tokenizer, whose `model_max_length` is the base's context."""
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's base."""
+    revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
+    dtype = getattr(torch, recipe.base.dtype)
+    return AutoModelForCausalLM.from_pretrained(resolve_base(base_name(recipe)), dtype=dtype, **revision)
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, whose `model_max_length` is the base's context."""
     path = resolve_base(base_name(recipe))
     revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
     tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, recipe.base.dtype), **revision)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(path, **revision)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return base, tokenizer
+    return tokenizer
 
 
 def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:

@@ -28,8 +28,7 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
         for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     )
     evaluates = arguments.get("eval_strategy", "no") != "no"
-    with_data = [name for name, expert in recipe.experts.items() if expert.data is not None]
-    trained = [name for name in with_data if not recipe.experts[name].frozen]
+    trained = [name for name in recipe.data if not recipe.experts[name].frozen]
     fsdp = arguments.get("fsdp_config") or {}
     fsdp = fsdp if isinstance(fsdp, dict) else {}
     return [
@@ -93,7 +92,7 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
         ),
         (
             "train.method",
-            train.method == "router" and not with_data,
+            train.method == "router" and not recipe.data,
             "the router learns from examples. Give at least one expert `data`.",
         ),
         (

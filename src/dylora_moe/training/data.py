@@ -1,30 +1,31 @@
-"""Examples: reading them, checking their length, mixing domains, handing them to TRL."""
+"""Examples: their tokens, checking their length, mixing domains, handing them to TRL."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from .skills import generate
+from jinja2 import TemplateError
+
+from .sections import MIXING_TEMPERATURE
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from .recipe import DataRecipe
-
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "test"]
+Mixing = Literal["proportional", "equal", "temperature"]
+TooLong = Literal["error", "drop", "truncate"]
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file and line, and the remedy."""
+    """Data that cannot be used; the message names the place and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Example:
     separator: str = "\n"
 
     @property
+    def form(self) -> Literal["messages", "prompt", "text"]:
+        """What the prompt is: messages, text, or nothing before plain text."""
+        return "messages" if isinstance(self.prompt, list) else "prompt" if self.prompt else "text"
+
+    @property
     def question(self) -> str:
         """The prompt's text; of messages the last one's, of plain text the first words."""
         if isinstance(self.prompt, list):
@@ -55,94 +61,109 @@ class Example:
         return self.prompt or " ".join(self.completion.split()[:8])
 
 
-def read_jsonl(path: str | Path, domain: str = "", limit: int | None = None, separator: str = "\n") -> list[Example]:
-    """The examples of a JSONL file: one object with `prompt` and `completion` per line, blank lines skipped.
-
-    Args:
-        path: the file, UTF-8.
-        domain: the expert whose data it is.
-        limit: stop after so many examples; later lines are not looked at.
-        separator: of the examples.
-
-    Raises:
-        DataError: no such file, a broken line, a missing, empty or non-text prompt or completion, or no
-            examples at all; the message names the file and line.
-    """
-    path = Path(path)
-    examples: list[Example] = []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if limit is not None and len(examples) == limit:
-                    break
-                if line.strip():
-                    examples.append(_parse_line(line, f"{path}, line {number}", domain, separator))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    if not examples:
-        raise DataError(f"{path}: no examples; expected one JSON object with 'prompt' and 'completion' per line.")
-    return examples
-
-
-def load_examples(
-    domain: str, data: DataRecipe, split: Split, seed: int = 0, limit: int | None = None
-) -> list[Example]:
-    """The examples of one expert: generated, or read from its file.
-
-    Args:
-        domain: the expert's name.
-        data: where its data comes from.
-        split: `train` or `test`.
-        seed: decides which instances of a generated skill are drawn.
-        limit: at most so many, on top of the limit in `data`.
-
-    Raises:
-        DataError: as `read_jsonl`, or `data` names no test file.
-    """
-    source = data.train if split == "train" else data.test
-    limits = [n for n in (limit, data.limit if split == "train" else data.test_limit) if n is not None]
-    if data.skill is not None:
-        assert isinstance(source, int)
-        rows = generate(data.skill, split, min([source, *limits]), seed)
-        return [Example(row["prompt"], row["completion"], domain, separator=data.separator) for row in rows]
-    if source is None:
-        raise DataError(f"experts.{domain}.data has no {split} file; add `{split}: FILE.jsonl`.")
-    return read_jsonl(str(source), domain, min(limits, default=None), data.separator)
-
-
 def mix(
     domains: Mapping[str, Sequence[Example]],
-    mixing: Literal["proportional", "equal"] = "proportional",
+    mixing: Mixing = "proportional",
     seed: int = 0,
+    weights: Mapping[str, float] | None = None,
+    temperature: float = MIXING_TEMPERATURE,
 ) -> list[Example]:
-    """One list of the examples of several domains.
+    """One list of the examples of several domains: an epoch.
+
+    How many of each domain it has is `domain_counts`' rule. `proportional` shuffles them all together; a domain with
+    weight w has every example floor(w) times and a random choice of them once more. `temperature` shuffles the
+    domains; `equal` spreads them evenly over rounds of E examples (E domains) and shuffles each round, so that with
+    equal weights every round covers all domains. Both go through a domain in a fresh order each time: no example comes
+    again before all of its domain were used.
 
     Args:
         domains: the examples of each domain.
-        mixing: `proportional` shuffles all examples, each once. `equal` takes as many from every domain as the
-            largest has, going through smaller ones again in a fresh order, and lays them out in rounds of one
-            example per domain, each round shuffled: any E consecutive examples of a round cover all E domains.
+        mixing: the rule.
         seed: decides the order; the same seed gives the same list on every machine.
+        weights: of the domains, greater than 0; 1 where none is given.
+        temperature: of `temperature`, 1 or more.
 
     Raises:
-        DataError: a domain without examples.
+        DataError: a domain without examples, or one whose weight leaves it none.
     """
     empty = [name for name, examples in domains.items() if not examples]
     if empty or not domains:
         raise DataError(f"no examples to mix for {', '.join(empty) or 'any domain'}.")
+    sizes = {name: len(examples) for name, examples in domains.items()}
+    counts = domain_counts(sizes, mixing, weights, temperature)
     rng = random.Random(f"mix/{mixing}/{seed}")
     if mixing == "proportional":
-        everything = [example for examples in domains.values() for example in examples]
+        everything = [example for name in domains for example in _times(domains[name], counts[name], rng)]
         rng.shuffle(everything)
         return everything
-    if mixing != "equal":
-        raise ValueError(f"mixing={mixing!r}: choose proportional or equal.")
-    longest = max(len(examples) for examples in domains.values())
-    columns = [_repeat(examples, longest, rng) for examples in domains.values()]
-    mixed: list[Example] = []
-    for row in zip(*columns, strict=True):
-        mixed.extend(rng.sample(row, len(row)))
-    return mixed
+    passes = {name: iter(_repeat(domains[name], counts[name], rng)) for name in domains}
+    if mixing == "temperature":
+        names = [name for name in domains for _ in range(counts[name])]
+        rng.shuffle(names)
+        return [next(passes[name]) for name in names]
+    places = sorted(
+        ((2 * i + 1) / (2 * counts[name]), at, name) for at, name in enumerate(domains) for i in range(counts[name])
+    )
+    spread = [next(passes[name]) for _, _, name in places]
+    rounds = [spread[start : start + len(domains)] for start in range(0, len(spread), len(domains))]
+    return [example for examples in rounds for example in rng.sample(examples, len(examples))]
+
+
+def domain_counts(
+    sizes: Mapping[str, int],
+    mixing: Mixing,
+    weights: Mapping[str, float] | None = None,
+    temperature: float = MIXING_TEMPERATURE,
+) -> dict[str, int]:
+    """How many examples of each domain an epoch has, for n_i examples and weight w_i of domain i.
+
+    - `proportional`: n_i·w_i, rounded.
+    - `equal`: the share w_i / Σw of the shortest epoch in which every domain is used up at least once; with equal
+      weights as many of each as the largest has.
+    - `temperature`: the share (n_i·w_i)^(1/T) / Σ_j (n_j·w_j)^(1/T) of Σn examples; T = 1 is proportional, T → ∞ equal.
+
+    Shares are made whole by the largest remainder (`apportion`).
+
+    Args:
+        sizes: n, at least 1 each.
+        mixing: the rule.
+        weights: w, greater than 0; 1 where none is given.
+        temperature: T, 1 or more.
+
+    Raises:
+        DataError: a domain is left without examples.
+    """
+    weight = {name: Fraction(str((weights or {}).get(name, 1))) for name in sizes}
+    if mixing == "proportional":
+        counts = {name: round(size * weight[name]) for name, size in sizes.items()}
+    elif mixing == "equal":
+        total = sum(weight.values())
+        counts = apportion(math.ceil(max(size * total / weight[name] for name, size in sizes.items())), weight)
+    elif mixing == "temperature":
+        powers = {name: (size * float(weight[name])) ** (1 / temperature) for name, size in sizes.items()}
+        counts = apportion(sum(sizes.values()), powers)
+    else:
+        raise ValueError(f"mixing={mixing!r}: choose proportional, equal or temperature.")
+    for name, count in counts.items():
+        if not count:
+            raise DataError(f"mixing={mixing} leaves {name!r} no example at weight={float(weight[name])}; raise it.")
+    return counts
+
+
+def apportion(total: int, shares: Mapping[str, float | Fraction]) -> dict[str, int]:
+    """`total` divided in whole numbers by the largest remainder, ties to the first.
+
+    Args:
+        total: what to divide.
+        shares: greater than 0, of any sum.
+    """
+    whole = sum(shares.values())
+    exact = {name: total * share / whole for name, share in shares.items()}
+    counts = {name: math.floor(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def as_row(example: Example, chat: bool = False) -> dict[str, Any]:
@@ -155,7 +176,7 @@ def as_row(example: Example, chat: bool = False) -> dict[str, Any]:
     Raises:
         DataError: the prompt is messages and `chat` is off.
     """
-    if example.prompt == "":
+    if example.form == "text":
         return {"text": example.completion, "domain": example.domain}
     if not chat:
         if isinstance(example.prompt, list):
@@ -226,7 +247,7 @@ def fit_to_length(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    too_long: Literal["error", "drop", "truncate"] = "error",
+    too_long: TooLong = "error",
     chat: bool = False,
     what: str = "the training data",
 ) -> list[Example]:
@@ -272,39 +293,31 @@ def fit_to_length(
     return kept
 
 
-def _parse_line(line: bytes, place: str, domain: str, separator: str) -> Example:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno}).") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: expected an object with 'prompt' and 'completion', got {type(value).__name__}.")
-    for key in ("prompt", "completion"):
-        if key not in value:
-            raise DataError(f"{place}: no {key!r}. Its keys: {', '.join(sorted(value)) or 'none'}.")
-        if not isinstance(value[key], str):
-            raise DataError(f"{place}: {key!r} must be text, got {value[key]!r}.")
-        if not value[key].strip():
-            raise DataError(f"{place}: empty {key!r}; there is nothing to {'learn' if key == 'completion' else 'ask'}.")
-    extra = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
-    return Example(value["prompt"], value["completion"], domain, extra, separator)
-
-
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: Any, add_generation_prompt: bool = False) -> list[int]:
     """The ids of a text, or of messages in the chat template."""
     if isinstance(text, str):
         return tokenizer(text).input_ids
-    encoded: Any = tokenizer.apply_chat_template(
-        text, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )
+    if tokenizer.chat_template is None:
+        raise DataError("the base's tokenizer has no chat template; set base.chat: false, or name an instruct base.")
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            text, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in text)
+        raise DataError(f"the base's chat template refuses a conversation of {roles}: {error}") from error
     return encoded["input_ids"]
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     end = str(tokenizer.eos_token or "")
     return text if text.endswith(end) else text + end
+
+
+def _times(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:
+    """`count` examples: all of them as often as goes, and a random choice of the rest."""
+    times, rest = divmod(count, len(examples))
+    return [*examples] * times + rng.sample(examples, rest)
 
 
 def _repeat(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:

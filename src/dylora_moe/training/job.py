@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,16 +20,18 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.model import DyLoraMoE
 
-from .build import build_mixture, load_base_and_tokenizer, single_lora_config
+from .build import build_mixture, load_base, load_tokenizer, single_lora_config
 from .callbacks import ProgressBar
 from .checkpoints import last_complete
-from .data import Example, fit_to_length, load_examples, mix, to_dataset
+from .data import Example, TooLong, fit_to_length, mix, to_dataset
 from .measure import Measurement
 from .recipe import Recipe
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .schedule import TemperatureSchedule
+from .sections import MIXING_TEMPERATURE
+from .sources import load_recipe_examples
 from .stages import Stage, stages_of
-from .trainer import MoETrainer, unwrap_head
+from .trainer import MoETrainer
 
 DEFAULT_ARGUMENTS = {
     "learning_rate": 1e-3,
@@ -134,12 +135,13 @@ class Job:
             raise ValueError(f"no stage {only!r}; the stages are {', '.join(stage.name for stage in self.stages)}.")
         if only is None:
             self.begin(resume)
+        else:
+            self._read_data()
         if self.world_size > 1:
             _ = self.arguments(stages[0]).device  # joins the processes
             dist.barrier()
         with self._phase("load"):
             mixture = self._build()
-            self._fit_to_length()
         for stage in stages:
             with self._phase(f"train {stage.name}"):
                 mixture = self._run_stage(mixture, stage, resume or only is not None)
@@ -153,7 +155,7 @@ class Job:
     def begin(self, resume: bool = False) -> None:
         """Read the data and begin the run's folder, or check that the run there can be gone on with."""
         with self._phase("data"):
-            _ = self.train, self.test  # mistakes in the data show before anything is written or loaded
+            self._read_data()
         if self.is_main:
             self.folder.start(resume)
 
@@ -163,43 +165,35 @@ class Job:
 
     # ------------------------------------------------------------------ data
 
-    @cached_property
-    def train(self) -> dict[str, list[Example]]:
-        """The training examples of each domain, those held out for validation included at the end."""
-        data = {name: expert.data for name, expert in self.recipe.experts.items()}
-        return {n: load_examples(n, d, "train", self.recipe.seed) for n, d in data.items() if d is not None}
-
-    @cached_property
-    def test(self) -> list[Example]:
-        """The held-out examples of all domains."""
-        data = {name: expert.data for name, expert in self.recipe.experts.items()}
-        return [
-            example
-            for name, d in data.items()
-            if d is not None and (d.skill is not None or d.test is not None)
-            for example in load_examples(name, d, "test", self.recipe.seed, self.recipe.eval.samples)
-        ]
-
-    def _fit_to_length(self) -> None:
-        self.train = {name: self._fitting(name, examples) for name, examples in self.train.items()}
-        held_out = self.recipe.train.validation
-        self.validation = {name: examples[-held_out:] for name, examples in self.train.items() if held_out}
+    def _read_data(self) -> None:
+        """Mistakes in the data show here, before anything is written or a model is loaded."""
+        if hasattr(self, "tokenizer"):
+            return
+        self.train, self.test = load_recipe_examples(self.recipe)
+        self.tokenizer = load_tokenizer(self.recipe)
+        too_long, held_out = self.recipe.train.too_long, self.recipe.train.validation
+        self.train = {name: self._fitting(name, rows, too_long, "training") for name, rows in self.train.items()}
+        if self.recipe.eval.metric == "loss":  # a row that was cut could have lost its answer
+            fitting = [self._fitting(name, rows, "drop", "held-out") for name, rows in by_domain(self.test).items()]
+            self.test = [example for rows in fitting for example in rows]
+        self.validation = {name: rows[-held_out:] for name, rows in self.train.items() if held_out}
         if held_out:
-            self.train = {name: examples[:-held_out] for name, examples in self.train.items()}
-            empty = [name for name, examples in self.train.items() if not examples]
+            self.train = {name: rows[:-held_out] for name, rows in self.train.items()}
+            empty = [name for name, rows in self.train.items() if not rows]
             if empty:
                 raise ValueError(f"train.validation={held_out} leaves no training examples for {', '.join(empty)}.")
 
-    def _fitting(self, name: str, examples: list[Example]) -> list[Example]:
-        train = self.recipe.train
-        length = train.arguments.get("max_length") or self.context
-        what = f"the training data of {name!r}"
-        return fit_to_length(examples, self.tokenizer, length, train.too_long, self.recipe.base.chat, what)
+    def _fitting(self, name: str, examples: list[Example], too_long: TooLong, what: str) -> list[Example]:
+        length = self.recipe.train.arguments.get("max_length") or self.context
+        what = f"the {what} data of {name!r}"
+        return fit_to_length(examples, self.tokenizer, length, too_long, self.recipe.base.chat, what)
 
-    def _dataset(self, data: dict[str, list[Example]], domains: tuple[str, ...]) -> Any:
-        data = {name: examples for name, examples in data.items() if name in domains}
-        mixed = mix(data, self.recipe.train.mixing, self.recipe.seed)
-        return self._tokenised(mixed)
+    def _dataset(self, domains: tuple[str, ...]) -> Any:
+        settings = self.recipe.train
+        data = {name: examples for name, examples in self.train.items() if name in domains}
+        weights = {name: self.recipe.data[name].weight for name in data}
+        temperature = settings.mixing_temperature or MIXING_TEMPERATURE
+        return self._tokenised(mix(data, settings.mixing, self.recipe.seed, weights, temperature))
 
     def _tokenised(self, examples: list[Example]) -> Any:
         completion_only = self.recipe.train.arguments.get("completion_only_loss") is not False
@@ -213,7 +207,7 @@ class Job:
     # ------------------------------------------------------------------ training
 
     def _build(self) -> DyLoraMoE:
-        base, self.tokenizer = load_base_and_tokenizer(self.recipe)
+        base = load_base(self.recipe)
         set_seed(self.recipe.seed)
         return build_mixture(self.recipe, base)
 
@@ -259,7 +253,7 @@ class Job:
         trainer = MoETrainer(
             mixture,
             args=arguments,
-            train_dataset=self._dataset(self.train, stage.domains),
+            train_dataset=self._dataset(stage.domains),
             eval_dataset=self._tokenised(validation) if validation else None,
             processing_class=self.tokenizer,
             two_phase=settings.two_phase,
@@ -320,8 +314,7 @@ class Job:
         """A single LoRA of the summed rank on the same layers and data, for as many steps, with the same settings."""
         set_seed(self.recipe.seed)
         config = single_lora_config(mixture)
-        base, _ = load_base_and_tokenizer(self.recipe)
-        model: Any = get_peft_model(base, config)
+        model: Any = get_peft_model(load_base(self.recipe), config)
         domains = tuple(self.train)
         steps = [stage.steps for stage in self.stages if stage.steps is not None]
         stage = Stage("single", (), False, domains, sum(steps) if steps else None)
@@ -329,7 +322,7 @@ class Job:
         trainer = SFTTrainer(
             model,
             args=arguments,
-            train_dataset=self._dataset(self.train, domains).remove_columns("domain"),
+            train_dataset=self._dataset(domains).remove_columns("domain"),
             processing_class=self.tokenizer,
             callbacks=self._bars(arguments, "single LoRA"),
         )
@@ -343,6 +336,3 @@ class Job:
         started = time.perf_counter()
         yield
         self.results.seconds[name] = time.perf_counter() - started
-
-
-__all__ = ["DEFAULT_ARGUMENTS", "Job", "Results", "build_mixture", "load_base_and_tokenizer", "unwrap_head"]

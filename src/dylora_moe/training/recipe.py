@@ -60,6 +60,11 @@ _TRAIN_ELSEWHERE = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
     "resume_from_checkpoint": "resume is asked for on the command line",
+    "dataset_text_field": "set `experts.NAME.data.columns: {text: …}`",
+    "dataset_kwargs": "the data is handed over tokenised",
+    "assistant_only_loss": "of `messages` only the assistant's turns are learnt anyway",
+    "chat_template_path": "the chat template is the base's; set `base.chat`",
+    "eos_token": "it is the base's",
 }
 
 
@@ -92,6 +97,39 @@ class Recipe:
         expert = self.train.expert
         if expert is not None and expert not in self.experts:
             raise ValueError(f"train.expert: no expert {expert!r} in `experts`.{nearest(expert, self.experts)}")
+        for name, data in self.data.items():
+            for form in set(data.columns) & {"messages", "text"}:
+                self.check_form(name, form, data.has_test)
+
+    @property
+    def data(self) -> dict[str, DataRecipe]:
+        """The data of the experts that have any."""
+        return {name: expert.data for name, expert in self.experts.items() if expert.data is not None}
+
+    def check_form(self, name: str, form: str, held_out: bool) -> None:
+        """Whether an expert's data can have this form under the recipe's settings.
+
+        Args:
+            name: the expert.
+            form: `messages`, `prompt` or `text`.
+            held_out: whether held-out data has it, too.
+
+        Raises:
+            RecipeError: it cannot; the message names the setting to change.
+        """
+        where = f"experts.{name}.data"
+        if form == "messages" and not self.base.chat:
+            raise RecipeError(f"{where}: chat messages need a chat template; set base.chat: true.")
+        if form == "text" and self.mixture.get("granularity") == "sequence":
+            raise RecipeError(
+                f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
+                "mixture.granularity: token."
+            )
+        if form == "text" and held_out and self.eval.metric == "exact_match":
+            raise RecipeError(
+                f"{where}: eval.metric=exact_match compares answers to prompts, which plain text does not have; set "
+                "eval.metric: loss."
+            )
 
     def mixture_config(self) -> MoELoraConfig:
         """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
@@ -168,7 +206,7 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
         data["train"] = _gather_arguments(check_mapping(data["train"], "train"))
     recipe = build(Recipe, data)
     _check_mixture(recipe)
-    experts = {name: _find_files(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
+    experts = {name: _find_data(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
     start = recipe.start and _found_folder(recipe.start, Path(folder))
     recipe = dataclasses.replace(recipe, experts=experts, start=start)
     check_combinations(recipe)
@@ -231,8 +269,8 @@ def _check_library_fields(
         check_value(value, hints[key], join(path, key))
 
 
-def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
-    """`expert` with the paths of its data files resolved."""
+def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
+    """`expert` with the paths of its data resolved; a `path` that is no folder here is left to be a hub id."""
     found = {}
     if expert.adapter is not None:
         expert = dataclasses.replace(expert, adapter=_found_folder(expert.adapter, folder))
@@ -241,18 +279,30 @@ def _find_files(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
     for key in ("train", "test"):
         value = getattr(expert.data, key)
         if isinstance(value, str):
-            candidates = [folder / Path(value).expanduser(), Path(value).expanduser()]
-            existing = [path for path in candidates if path.is_file()]
+            existing = [path for path in _candidates(folder, value) if path.is_file()]
             if not existing:
-                tried = " and ".join(dict.fromkeys(str(path.absolute()) for path in candidates))
-                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {tried}.")
+                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {_tried(folder, value)}.")
             found[key] = str(existing[0].resolve())
+    if (value := expert.data.path) is not None:
+        existing = [path for path in _candidates(folder, value) if path.exists()]
+        if existing and not existing[0].is_dir():
+            raise RecipeError(f"experts.{name}.data.path: {value!r} is a file; give it as `train`.")
+        if existing:
+            found["path"] = str(existing[0].resolve())
+        elif value.startswith(("/", ".", "~")):
+            raise RecipeError(f"experts.{name}.data.path: no folder {value!r}; looked for {_tried(folder, value)}.")
     return dataclasses.replace(expert, data=dataclasses.replace(expert.data, **found))
+
+
+def _candidates(folder: Path, value: str) -> list[Path]:
+    return [folder / Path(value).expanduser(), Path(value).expanduser()]
+
+
+def _tried(folder: Path, value: str) -> str:
+    return " and ".join(dict.fromkeys(str(path.absolute()) for path in _candidates(folder, value)))
 
 
 def _found_folder(value: str, folder: Path) -> str:
     """The folder `value`, looked up beside the recipe and then here; a name that is none is left as a hub id."""
-    for path in (folder / Path(value).expanduser(), Path(value).expanduser()):
-        if path.is_dir():
-            return str(path.resolve())
-    return value
+    found = [path for path in _candidates(folder, value) if path.is_dir()]
+    return str(found[0].resolve()) if found else value

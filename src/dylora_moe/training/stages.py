@@ -42,7 +42,7 @@ class Stage:
 def stages_of(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in the order they run."""
     train = recipe.train
-    domains = tuple(name for name, expert in recipe.experts.items() if expert.data is not None)
+    domains = tuple(recipe.data)
     free = tuple(name for name, expert in recipe.experts.items() if not expert.frozen)
     if train.method == "joint":
         return [Stage("joint", free, True, domains)]

@@ -1,0 +1,386 @@
+"""Every way of training, its stages, and going on after a run was cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dylora_moe import CheckpointError, DyLoraMoE
+from dylora_moe.training import launch
+from dylora_moe.training.checkpoints import EXEMPT_FROM_RESUME, Interrupted
+from dylora_moe.training.job import Job
+from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
+from dylora_moe.training.run_folder import differences
+from dylora_moe.training.schema import RecipeError
+from dylora_moe.training.stages import stages_of
+from tinybase import save_tiny_base
+
+QUIET = Console(quiet=True)
+STAGED = {"method": "staged", "expert_steps": 4, "router_steps": 4, "joint_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def content(base, tmp_path):
+    """A recipe as plain values; keyword arguments replace keys of `train`."""
+
+    def make(name="run", **train) -> dict:
+        return {
+            "base": {"model": base},
+            "experts": {
+                "date": {"data": {"skill": "date", "train": 16, "test": 2}},
+                "cart": {"data": {"skill": "cart", "train": 16, "test": 2}},
+            },
+            "mixture": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.2},
+            "train": {
+                "per_device_train_batch_size": 2,
+                "logging_steps": 3,  # not a multiple of the saves
+                "save_steps": 2,
+                "learning_rate": 1e-2,
+                "router_learning_rate": 3e-3,
+                "domain_coefficient": 0.1,
+                **train,
+            },
+            "eval": {"metric": "loss", "batch_size": 2},
+            "output": str(tmp_path / name),
+        }
+
+    return make
+
+
+def run(content: dict, **options) -> Job:
+    job = Job(parse_recipe(content), QUIET)
+    job.run(**options)
+    return job
+
+
+def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Everything that a run trained."""
+    found = {}
+    for name in ("date/adapter_model", "cart/adapter_model", "router"):
+        file = Path(folder) / f"{name}.safetensors"
+        found |= {f"{name}/{key}": value for key, value in load_file(file).items()}
+    return found
+
+
+def history(folder: str | Path) -> list[dict]:
+    rows = json.loads((Path(folder) / "history.json").read_text())
+    return [{k: v for k, v in row.items() if k not in EXEMPT_FROM_RESUME} for row in rows]
+
+
+def assert_same_run(one: str | Path, other: str | Path) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+    assert history(one) == history(other)
+
+
+# ---------------------------------------------------------------------- stages
+
+
+def stage_names(content: dict) -> list[str]:
+    return [stage.name for stage in stages_of(parse_recipe(content))]
+
+
+def test_stages_of_every_method(content):
+    assert stage_names(content(max_steps=2)) == ["joint"]
+    assert stage_names(content(**STAGED)) == ["expert-date", "expert-cart", "router", "joint"]
+    assert stage_names(content(method="router")) == ["router"]
+    alone = content(method="expert", expert="cart")
+    for key in ("router_learning_rate", "domain_coefficient"):
+        del alone["train"][key]
+    assert stage_names(alone) == ["expert-cart"]
+    frozen = content(**STAGED)
+    frozen["experts"]["date"]["frozen"] = True
+    assert stage_names(frozen) == ["expert-cart", "router", "joint"]
+
+
+def test_staged_trains_each_expert_alone_then_the_router(content, tmp_path):
+    job = run(content(**{**STAGED, "joint_steps": None}))
+    assert job.results.reloaded_identical
+    stages = tmp_path / "run" / "stages"
+    assert sorted(folder.name for folder in stages.iterdir()) == ["expert-cart", "expert-date", "router"]
+    # of an expert's stage only that expert is kept, and it is the one in the mixture
+    assert [f.name for f in (stages / "expert-cart" / "trained").iterdir() if f.is_dir()] == ["cart"]
+    final = tensors(tmp_path / "run")
+    for name in ("date", "cart"):
+        trained = load_file(stages / f"expert-{name}" / "trained" / name / "adapter_model.safetensors")
+        assert all(torch.equal(value, final[f"{name}/adapter_model/{key}"]) for key, value in trained.items())
+    rows = history(tmp_path / "run")
+    assert {row["stage"] for row in rows} == {"expert-date", "expert-cart", "router"}
+    assert not any("router/balance" in row for row in rows if row["stage"] != "router")
+    assert any("router/load/cart" in row for row in rows if row["stage"] == "router")
+    model = DyLoraMoE.from_pretrained(str(tmp_path / "run"))
+    assert not model._frozen_experts
+
+
+def test_stages_do_not_hang_on_one_another(content, tmp_path):
+    """The second expert is trained alike whether the first was trained before it or not."""
+    run(content(**STAGED))
+    job = Job(parse_recipe(content("apart", **STAGED)), QUIET)
+    job.begin()
+    Job(job.recipe, QUIET).run(only="expert-cart")
+    Job(job.recipe, QUIET).run(only="expert-date")
+    Job(job.recipe, QUIET).run(resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "apart")
+
+
+def test_only_an_unknown_stage_is_refused(content):
+    with pytest.raises(ValueError, match="no stage 'expert-law'; the stages are expert-date"):
+        run(content(**STAGED), only="expert-law")
+
+
+def test_router_method_leaves_adapters_as_they_were(content, tmp_path):
+    run(content("first", max_steps=2))
+    second = content("second", method="router", max_steps=3)
+    second["experts"] = {
+        name: {**expert, "adapter": str(tmp_path / "first" / name)} for name, expert in second["experts"].items()
+    }
+    run(second)
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) == (not key.startswith("router")), key
+
+
+def test_expert_method_goes_on_with_one_expert_of_a_mixture(content, tmp_path):
+    run(content("first", max_steps=2))
+    second = content("second", max_steps=3, method="expert", expert="cart")
+    for key in ("router_learning_rate", "domain_coefficient"):
+        del second["train"][key]
+    second |= {"start": str(tmp_path / "first"), "mixture": {"top_k": 1}, "base": {}}
+    del second["experts"]["date"]
+    job = run(second)
+    assert job.recipe.base.model is None
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) == (not key.startswith("cart")), key
+    model = DyLoraMoE.from_pretrained(str(tmp_path / "second"))
+    assert model.moe_config.top_k == 1
+
+
+def test_a_started_mixture_gains_an_expert(content, tmp_path, base):
+    run(content("first", max_steps=2))
+    second = content("second", max_steps=2)
+    second |= {"start": str(tmp_path / "first"), "mixture": {}}
+    second["experts"]["sql"] = {"data": {"skill": "sql", "train": 8, "test": 2}, "lora": {"r": 2}}
+    second["experts"]["date"] = {"frozen": True}
+    run(second)
+    model = DyLoraMoE.from_pretrained(str(tmp_path / "second"))
+    assert model.expert_names == ["date", "cart", "sql"]
+    assert set(model.expert_states.values()) == {"routed"}
+    assert model.peft_config["sql"].r == 2
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if key.startswith("date"))
+
+
+def test_new_and_imported_experts_side_by_side(content, tmp_path):
+    run(content("first", max_steps=2))
+    second = content("second", max_steps=2)
+    second["experts"]["date"] |= {"adapter": str(tmp_path / "first" / "date"), "frozen": True}
+    run(second)
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if key.startswith("date"))
+    assert DyLoraMoE.from_pretrained(str(tmp_path / "second"))._frozen_experts == {"date"}
+
+
+def test_validation_rows_are_held_out_and_the_best_model_is_chosen(content, tmp_path):
+    train = {"max_steps": 4, "validation": 3, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    job = run(content(**train, load_best_model_at_end=True, early_stopping_patience=5))
+    assert {name: len(rows) for name, rows in job.validation.items()} == {"date": 3, "cart": 3}
+    seen = {example.prompt for rows in job.train.values() for example in rows}
+    assert not seen & {example.prompt for rows in job.validation.values() for example in rows}
+    evaluated = [row for row in history(tmp_path / "run") if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [2, 4]
+    assert all("eval_loss/date" in row for row in evaluated)
+
+
+def test_every_option_at_once(content, tmp_path):
+    job = run(
+        content(
+            max_steps=4,
+            two_phase={"seeding": 0.5, "consolidation": 0.1},
+            temperature_start=4.0,
+            router_weight_decay=0.0,
+            label_smoothing_factor=0.1,
+            gradient_accumulation_steps=2,
+            activation_checkpointing=True,
+            bf16=True,
+            report_to="tensorboard",
+            logging_steps=1,
+        )
+    )
+    assert job.results.reloaded_identical
+    rows = [row for row in history(tmp_path / "run") if "loss" in row]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+    events = list((tmp_path / "run" / "stages" / "joint").rglob("events.out.tfevents.*"))
+    assert len(events) == 1
+    assert events[0].stat().st_size > 200
+
+
+# ---------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("train", [{"max_steps": 8}, STAGED], ids=["joint", "staged"])
+def test_killed_and_resumed_equals_uninterrupted_bitwise(content, tmp_path, train):
+    """kill -9 at a moment that nobody chose, three times, through the command line."""
+    run(content("whole", **train))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content("cut", **train)))
+    command = [sys.executable, "-m", "dylora_moe", "train", str(file)]
+    folder, kills = tmp_path / "cut", 0
+    for attempt in range(9):
+        child = subprocess.Popen(
+            [*command, *(["--resume"] if attempt else [])],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        marks = len(list(folder.glob("stages/*/*/complete")))
+        while child.poll() is None and (kills == 3 or len(list(folder.glob("stages/*/*/complete"))) <= marks):
+            time.sleep(0.002)
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+            kills += 1
+        message = child.communicate()[1].decode()
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, message
+    assert kills == 3
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_resume_after_the_stages_measures_again(content, tmp_path):
+    first = run(content(max_steps=2))
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "router.safetensors").unlink()
+    again = run(content(max_steps=2), resume=True)
+    assert again.results.columns == first.results.columns
+
+
+def test_resume_with_another_recipe_is_refused(content, tmp_path):
+    run(content(max_steps=2))
+    with pytest.raises(RecipeError, match=r"train\.learning_rate was 0\.01, is 0\.02"):
+        run(content(max_steps=2, learning_rate=2e-2), resume=True)
+    changed = content(max_steps=2)
+    changed["eval"]["batch_size"] = 1  # does not touch the training
+    run(changed, resume=True)
+
+
+def test_resume_needs_a_run(content, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(content(max_steps=2), resume=True)
+    run(content(max_steps=2))
+    file = tmp_path / "run" / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "world_size": 4}))
+    with pytest.raises(RecipeError, match="begun with 4 processes; resume with as many, not with 1"):
+        run(content(max_steps=2), resume=True)
+
+
+def test_unfinished_work_is_not_thrown_away(content, tmp_path):
+    run(content(max_steps=2))
+    run(content(max_steps=2))  # a finished run is replaced
+    (tmp_path / "run" / "results.json").unlink()
+    before = tensors(tmp_path / "run")
+    with pytest.raises(ValueError, match="cut off .*--resume"):
+        run(content(max_steps=2))
+    assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / "run").items())
+
+
+def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((CheckpointError, ValueError), match="file"):
+        run({**content(max_steps=2), "output": str(tmp_path / "file" / "run")})
+
+
+def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkeypatch):
+    from dylora_moe.training.trainer import MoETrainer
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MoETrainer, "save_model", full)
+    with pytest.raises(CheckpointError, match="No space left") as raised:
+        run(content(max_steps=4))
+    assert "--resume" in str(raised.value)
+
+
+def test_environment_and_recipe_are_kept(content, tmp_path):
+    run(content(max_steps=1))
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["seed"] == 0
+    assert environment["world_size"] == 1
+    assert environment["versions"]["torch"] == torch.__version__
+    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert isinstance(kept, Recipe)
+    assert kept.to_dict() == parse_recipe(content(max_steps=1)).to_dict()
+
+
+def test_differences_name_the_leaves():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c was 2, is 3",
+        "d was None, is 4",
+    ]
+
+
+# ---------------------------------------------------------------------- other processes
+
+
+def test_experts_can_be_trained_at_the_same_time(content, tmp_path):
+    run(content("whole", **STAGED))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content("apart", **STAGED)))
+    job = Job(load_recipe(file), QUIET)
+    job.begin()
+    launch.stages(job, launch.arguments(file, [], True, None), 2, QUIET)
+    done = sorted(folder.parent.name for folder in (tmp_path / "apart" / "stages").glob("*/complete"))
+    assert done == ["expert-cart", "expert-date"]
+    Job(load_recipe(file), QUIET).run(resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "apart")
+
+
+def test_a_failed_stage_names_its_log(content, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content("apart", **STAGED)))
+    job = Job(load_recipe(file), QUIET)
+    job.begin()
+    with pytest.raises(launch.LaunchError, match=r"expert-date.*log\.txt.*--resume"):
+        launch.stages(job, ["no-such-command"], 2, QUIET)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_the_trainer(content, tmp_path, number):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content(max_steps=5000, save_steps=5000)))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dylora_moe", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if b"joint 3/" in line:
+            break
+    child.send_signal(number)
+    message = child.communicate()[1].decode()
+    assert child.returncode == 128 + number, message
+    assert "--resume" in message
+    assert len(list((tmp_path / "run").glob("stages/joint/checkpoint-*/complete"))) == 1
+
+
+def test_interrupted_says_how_to_go_on(content, tmp_path):
+    assert "--resume" in str(Interrupted(signal.SIGTERM, "x"))
