@@ -147,6 +147,12 @@ def test_csv_cells_are_text(tmp_path):
     assert [example.extra for example in examples] == [{"n": "1"}, {"n": ""}]
 
 
+def test_csv_rows_across_blocks_keep_their_newlines(tmp_path, monkeypatch):
+    monkeypatch.setattr("dylora_moe.training.sources._CSV_BLOCK", 64)
+    file = write(tmp_path / "d.csv", "prompt,completion", *(f'p{i},"c\n{i}\n"' for i in range(40)))
+    assert read(file) == [Example(f"p{i}", f"c\n{i}\n") for i in range(40)]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -366,10 +372,19 @@ def test_datasets_that_cannot_be_had_are_data_errors(monkeypatch, raised, messag
         raise raised if isinstance(raised, Exception) else raised()
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     data = DataRecipe(path="a/b", name="main", split="validation", revision="v1")
     with pytest.raises(DataError, match=r"^dataset a/b \(validation\): .*" + message):
         load_examples("law", data, "train")
     assert asked == [(("a/b", "main"), {"split": "validation", "revision": "v1"})]
+
+
+def test_offline_mode_is_named_as_datasets_reports_it(monkeypatch):
+    """Not a stand-in: `load_dataset` itself, which wraps the error once more."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="not in the cache, and offline mode is on"):
+        load_examples("law", DataRecipe(path="nobody/nothing"), "train")
 
 
 # A whole recipe
