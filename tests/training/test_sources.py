@@ -1,4 +1,4 @@
-"""Sources of examples: what is read from files and datasets, and with which words the rest is refused."""
+"""Sources of examples: what is read from files, and with which words the rest is refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 
 import pyarrow
 import pytest
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
 
 from dylora_moe.training.data import DataError, Example
@@ -145,6 +143,12 @@ def test_csv_cells_are_text(tmp_path):
     examples = read(file)
     assert examples == [Example('p, "q"', "c\nd"), Example("1", "NA")]
     assert [example.extra for example in examples] == [{"n": "1"}, {"n": ""}]
+
+
+def test_csv_rows_across_blocks_keep_their_newlines(tmp_path, monkeypatch):
+    monkeypatch.setattr("dylora_moe.training.sources._CSV_BLOCK", 64)
+    file = write(tmp_path / "d.csv", "prompt,completion", *(f'p{i},"c\n{i}\n"' for i in range(40)))
+    assert read(file) == [Example(f"p{i}", f"c\n{i}\n") for i in range(40)]
 
 
 @pytest.mark.parametrize(
@@ -303,73 +307,6 @@ def test_missing_held_out_data_names_the_expert(tmp_path):
         load_examples("law", DataRecipe(train=file), "test")
     with pytest.raises(DataError, match=r"experts\.law\.data has no test split; add `test_split: NAME`"):
         load_examples("law", DataRecipe(path="some/where"), "test")
-
-
-# Datasets
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A dataset as it lies on the hub: Parquet files named by split; the cache goes to a temporary folder."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", q=["p", "q"], a=["c", "d"], kind=["x", "y"])
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", q=["r"], a=["e"], kind=["x"])
-    return str(tmp_path / "data")
-
-
-def test_a_dataset_folder_is_read_by_split(folder):
-    options = {"path": folder, "columns": {"prompt": "q", "completion": "a"}}
-    data = DataRecipe(**options, test_split="test", filter={"kind": "x"})
-    assert load_examples("law", data, "train") == [Example("p", "c", "law")]
-    assert load_examples("law", data, "test") == [Example("r", "e", "law")]
-    assert load_examples("law", DataRecipe(**options, split="train[1:]"), "train") == [Example("q", "d", "law")]
-
-
-def test_rows_and_splits_that_a_dataset_does_not_have_are_named(folder):
-    with pytest.raises(DataError, match=r"dataset .*data \(train\), row 1: no 'messages', .* Its columns: q, a, kind"):
-        load_examples("law", DataRecipe(path=folder), "train")
-    with pytest.raises(DataError, match=r'dataset .*data \(dev\): Unknown split "dev"\. .*Check `path`, `name` and'):
-        load_examples("law", DataRecipe(path=folder, split="dev"), "train")
-    with pytest.raises(DataError, match=r"'gsm' not found.*Check `path`, `name`"):
-        load_examples("law", DataRecipe(path=folder, name="gsm"), "train")
-
-
-def interrupted(*_, **__):
-    try:
-        raise OSError(28, "No space left on device")
-    except OSError as cause:
-        raise DatasetGenerationError("An error occurred while generating the dataset") from cause
-
-
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (
-            ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)"),
-            r"could not be loaded whole \(ConnectionError: Couldn't reach .*nothing of it is used\. Check the network",
-        ),
-        (
-            DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."),
-            r"is a gated dataset on the Hub\. Check `path`, .* log in with `hf auth login`",
-        ),
-        (OfflineModeIsEnabled("Offline mode is enabled."), r"not in the cache, and offline mode is on\. Unset HF_HUB"),
-        (ConnectionResetError(104, "Connection reset by peer"), r"ConnectionResetError: .*Connection reset by peer\)"),
-        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), r"RuntimeError: Dataset scripts"),
-        (interrupted, r"could not be loaded whole \(OSError: .*No space left on device\)"),
-    ],
-)
-def test_datasets_that_cannot_be_had_are_data_errors(monkeypatch, raised, message):
-    asked = []
-
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        raise raised if isinstance(raised, Exception) else raised()
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    data = DataRecipe(path="a/b", name="main", split="validation", revision="v1")
-    with pytest.raises(DataError, match=r"^dataset a/b \(validation\): .*" + message):
-        load_examples("law", data, "train")
-    assert asked == [(("a/b", "main"), {"split": "validation", "revision": "v1"})]
 
 
 # A whole recipe

@@ -174,7 +174,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _read_dataset(data: DataRecipe, split: str, name: str) -> Iterator[Row]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled
 
@@ -185,14 +185,14 @@ def _read_dataset(data: DataRecipe, split: str, name: str) -> Iterator[Row]:
             f"{name}: {error} Check `path`, `name` and `revision`; if it is private or gated, accept its terms on the "
             "hub and log in with `hf auth login`."
         ) from error
-    except OfflineModeIsEnabled as error:
-        raise DataError(
-            f"{name}: not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE, or give a local folder as `path`."
-        ) from error
     except ValueError as error:  # an unknown split or configuration, an id that cannot be one
         raise DataError(f"{name}: {error} Check `path`, `name` and `split`.") from error
     except (OSError, HTTPError, RuntimeError, DatasetsError) as error:
-        cause = error.__cause__ or error  # a DatasetGenerationError says nothing itself
+        offline = config.HF_HUB_OFFLINE and isinstance(error, ConnectionError)
+        if offline or isinstance(error, OfflineModeIsEnabled):
+            remedy = "not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE, or give a local folder as `path`."
+            raise DataError(f"{name}: {remedy}") from error
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise DataError(
             f"{name}: could not be loaded whole ({type(cause).__name__}: {cause}); nothing of it is used. Check the "
             "network and the free disk space and start again, or give a local folder as `path`."
