@@ -242,7 +242,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(content, tmp_path, trai
     """kill -9 at a moment that nobody chose, three times, through the command line."""
     run(content("whole", **train))
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("cut", **train)))
+    file.write_text(yaml.safe_dump(content("cut", **train), sort_keys=False))
     command = [sys.executable, "-m", "dylora_moe", "train", str(file)]
     folder, kills = tmp_path / "cut", 0
     for attempt in range(9):
@@ -298,7 +298,7 @@ def test_unfinished_work_is_not_thrown_away(content, tmp_path):
     run(content(max_steps=2))  # a finished run is replaced
     (tmp_path / "run" / "results.json").unlink()
     before = tensors(tmp_path / "run")
-    with pytest.raises(ValueError, match="cut off .*--resume"):
+    with pytest.raises(ValueError, match=r"cut off .*--resume"):
         run(content(max_steps=2))
     assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / "run").items())
 
@@ -312,13 +312,19 @@ def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path
 def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkeypatch):
     from dylora_moe.training.trainer import MoETrainer
 
-    def full(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def full(self, folder, **options):
+        if folder.endswith("trained"):
+            raise OSError(28, "No space left on device")
+        save(self, folder, **options)
 
+    save = MoETrainer.save_model
     monkeypatch.setattr(MoETrainer, "save_model", full)
     with pytest.raises(CheckpointError, match="No space left") as raised:
         run(content(max_steps=4))
     assert "--resume" in str(raised.value)
+    monkeypatch.undo()
+    run(content(max_steps=4), resume=True)
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 def test_environment_and_recipe_are_kept(content, tmp_path):
@@ -345,7 +351,7 @@ def test_differences_name_the_leaves():
 def test_experts_can_be_trained_at_the_same_time(content, tmp_path):
     run(content("whole", **STAGED))
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("apart", **STAGED)))
+    file.write_text(yaml.safe_dump(content("apart", **STAGED), sort_keys=False))
     job = Job(load_recipe(file), QUIET)
     job.begin()
     launch.stages(job, launch.arguments(file, [], True, None), 2, QUIET)
@@ -357,7 +363,7 @@ def test_experts_can_be_trained_at_the_same_time(content, tmp_path):
 
 def test_a_failed_stage_names_its_log(content, tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("apart", **STAGED)))
+    file.write_text(yaml.safe_dump(content("apart", **STAGED), sort_keys=False))
     job = Job(load_recipe(file), QUIET)
     job.begin()
     with pytest.raises(launch.LaunchError, match=r"expert-date.*log\.txt.*--resume"):
@@ -367,7 +373,7 @@ def test_a_failed_stage_names_its_log(content, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_trainer(content, tmp_path, number):
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content(max_steps=5000, save_steps=5000)))
+    file.write_text(yaml.safe_dump(content(max_steps=5000, save_steps=5000), sort_keys=False))
     child = subprocess.Popen(
         [sys.executable, "-m", "dylora_moe", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -132,7 +132,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
         (minimal(base={"dtype": "int8"}), r"^base\.dtype: expected one of 'float32', .* got 'int8'"),
         (
             minimal(train={"method": "jiont"}),
-            r"^train\.method: expected one of 'joint', 'staged', 'router', 'expert', got 'jiont'",
+            r"^train\.method: expected one of 'joint', 'staged', .* got 'jiont'",
         ),
         (minimal(train={"max_steps": "five"}), r"^train\.max_steps: expected an integer, got 'five'"),
         (minimal(train={"learning_rate": True}), r"^train\.learning_rate: expected a number, got True"),

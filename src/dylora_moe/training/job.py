@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from dylora_moe.evaluation.held_out import by_domain
+from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 
 from .build import build_mixture, load_base, load_tokenizer, single_lora_config
@@ -218,9 +220,14 @@ class Job:
             stage.set_trainable(mixture)
             trainer = self._trainer(mixture, stage)
             trainer.train(resume_from_checkpoint=resume and last_complete(folder) is not None)
-            trainer.save_model(str(folder / TRAINED))
-            if self.is_main:
-                finish(folder, stage, trainer.state.log_history)
+            try:
+                trainer.save_model(str(folder / TRAINED))
+                if self.is_main:
+                    finish(folder, stage, trainer.state.log_history)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{folder} could not be written: {error}. Once there is room, go on with --resume."
+                ) from error
             if self.world_size == 1:
                 return mixture
             dist.barrier()
@@ -267,6 +274,7 @@ class Job:
         """The trainer's arguments for a stage."""
         arguments = {**DEFAULT_ARGUMENTS, **self.recipe.train.arguments}
         arguments.setdefault("max_length", None if arguments.get("padding_free") else self.context)
+        arguments.setdefault("use_cpu", not torch.accelerator.is_available())
         if stage.steps is not None:
             arguments["max_steps"] = stage.steps
         return SFTConfig(output_dir=str(self.folder.stage(stage)), seed=self.recipe.seed, **arguments)

@@ -163,7 +163,8 @@ class MoETrainer(SFTTrainer):
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk arrives as any of these
             last = last_complete(str(self.args.output_dir))
             raise CheckpointError(
-                f"{folder} could not be written: {error}. The last whole checkpoint is {last or 'none'}."
+                f"{folder} could not be written: {error}. The last whole checkpoint is {last or 'none'}; once there is "
+                "room, go on with --resume."
             ) from error
         finally:
             self.args.save_total_limit = limit
