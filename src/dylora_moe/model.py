@@ -39,6 +39,8 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         moe_config: the `MoELoraConfig`; `top_k`, `train_top_k`, `temperature` and the coefficients may be changed at
             any time.
         router: the `Router`.
+        touch_all_experts: set by trainers where processes share the parameters in shards: with gradients on, a forced
+            pass takes the router and every other expert along with weight zero, so that all have the same gradients.
         expert_states: name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`.
     """
 
@@ -88,6 +90,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         self.router_layer_index = first
         self.routing = Routing()
         self.expert_states: dict[str, str] = dict.fromkeys(names, ROUTED)
+        self.touch_all_experts = False
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,

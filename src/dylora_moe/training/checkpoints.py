@@ -12,14 +12,18 @@ import json
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
+from dylora_moe.sharding import reshard, shard_like
+
+from .distributed import greatest
 
 if TYPE_CHECKING:
     from dylora_moe.model import DyLoraMoE
@@ -68,17 +72,23 @@ def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
             if key not in adapter.tensors or adapter.tensors[key].shape != parameter.shape:
                 raise CheckpointError(f"{folder / name}: {key} does not fit expert {name!r} of this mixture.")
     router = read_router(folder / ROUTER_FILE, mixture.router)
+    reshard(mixture)
     for name, adapter in adapters.items():
         mixture._load_expert(name, adapter.tensors)
-    mixture.router.load_state_dict(router)
+    with torch.no_grad():
+        for name, parameter in mixture.router.named_parameters():
+            parameter.copy_(shard_like(router[name], parameter))
 
 
 def save_averages(trainer: MoETrainer, folder: Path) -> None:
-    """Keep the averages that a trainer is in the middle of."""
+    """Keep the averages that a trainer is in the middle of; every process takes part, the first one writes."""
+    losses = cast(torch.Tensor, trainer.accelerator.gather(trainer._tr_loss.double().reshape(1))).tolist()
+    if not trainer.args.should_save:
+        return
     averages = {
         "metrics": {mode: dict(values) for mode, values in trainer._metrics.items()},
         "total_train_tokens": trainer._total_train_tokens,
-        "loss_since_log": float(trainer._tr_loss.double()),
+        "loss_since_log": losses,  # of each process
         "last_logged": trainer._globalstep_last_logged,
     }
     (folder / AVERAGES_FILE).write_text(json.dumps(averages), encoding="utf-8")
@@ -96,9 +106,9 @@ class RestoreAverages(TrainerCallback):
         for mode, values in averages["metrics"].items():
             trainer._metrics[mode].update(values)
         trainer._total_train_tokens = averages["total_train_tokens"]
-        trainer._tr_loss = torch.tensor(averages["loss_since_log"], device=trainer._tr_loss.device).to(
-            trainer._tr_loss.dtype
-        )
+        losses = averages["loss_since_log"]
+        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        trainer._tr_loss = torch.tensor(own, device=trainer._tr_loss.device).to(trainer._tr_loss.dtype)
         trainer._globalstep_last_logged = averages["last_logged"]
 
 
@@ -115,13 +125,15 @@ class Interrupted(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT finish the optimizer step, save and stop; a second one acts at once.
+    """SIGTERM and SIGINT finish the optimizer step, save and stop; another one a second later acts at once.
 
+    Sooner it is the same one: torchrun forwards what its processes have received themselves.
     Trainer's own just-in-time checkpoint saves in the middle of a step, from which no exact resume is possible.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -129,6 +141,7 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.received = greatest(self.received or 0, args.device) or None  # it may have reached one process only
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -143,5 +156,8 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.restore_handlers()
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > 1.0:
+            self.restore_handlers()
+            signal.raise_signal(number)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,6 +19,7 @@ from dylora_moe import routing
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes import RouterRecord
+from dylora_moe.sharding import gather
 
 from .checkpoints import (
     COMPLETE_FILE,
@@ -31,6 +31,16 @@ from .checkpoints import (
     mark_incomplete,
     restore,
     save_averages,
+)
+from .distributed import (
+    average,
+    check_processes,
+    drop_unused,
+    fsdp_on_cpu,
+    load_optimizer,
+    mean_over_processes,
+    save_optimizer,
+    times_processes,
 )
 
 DOMAIN = "domain"
@@ -53,7 +63,8 @@ class MoETrainer(SFTTrainer):
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain.
+        ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain;
+            processes or FSDP other than asked for (see `distributed.check_processes`).
     """
 
     def __init__(
@@ -72,10 +83,13 @@ class MoETrainer(SFTTrainer):
         self.router_learning_rate = router_learning_rate
         self._records: list[RouterRecord] = []
         self._domains: list[Tensor] = []
+        self._forced: set[str] = set()
         arguments = kwargs.get("args")
         if arguments is not None and arguments.data_seed is None:
             arguments.data_seed = arguments.seed  # else the order of the data hangs on whoever seeded torch last
         super().__init__(model, *args, **kwargs)
+        check_processes(self)
+        model.touch_all_experts = self.is_fsdp_enabled or self.is_deepspeed_enabled
         columns = getattr(self.train_dataset, "column_names", None) or []
         self.has_domains = DOMAIN in columns
         if (domain_coefficient or force_domains) and not self.has_domains:
@@ -126,11 +140,15 @@ class MoETrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        if self.is_fsdp_enabled and self.force_domains and self.accelerator.sync_gradients:
+            drop_unused(self.mixture, self._forced)
+            self._forced.clear()
+        everywhere = average(loss)  # all processes stop if one must
+        if not bool(torch.isfinite(everywhere)):
             last = last_complete(str(self.args.output_dir))
             raise FloatingPointError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}. Lower train.learning_rate or set "
-                f"train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
+                f"the loss is {float(everywhere)} at step {self.state.global_step + 1}. Lower train.learning_rate or "
+                f"set train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
             )
         return loss
 
@@ -141,8 +159,9 @@ class MoETrainer(SFTTrainer):
             if self.args.should_save:
                 mark_incomplete(folder)
             super()._save_checkpoint(model, trial)
+            save_averages(self, folder)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                save_averages(self, folder)
                 mark_complete(folder)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk arrives as any of these
             last = last_complete(str(self.args.output_dir))
@@ -164,6 +183,30 @@ class MoETrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         restore(self.mixture, str(self.state.best_model_checkpoint))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with fsdp_on_cpu(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=gather(self.mixture))  # super() would gather the base as well
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_optimizer(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `save_pretrained` writes the mixture's own card."""
@@ -192,6 +235,7 @@ class MoETrainer(SFTTrainer):
         if self.force_domains and domains is not None:
             names = self.mixture.expert_names
             inputs["experts"] = [names[i] for i in domains.tolist()]
+            self._forced.update(inputs["experts"])
         if self.label_smoother is not None and cast(SFTConfig, self.args).loss_type == "nll":
             loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
         else:
@@ -220,7 +264,7 @@ class MoETrainer(SFTTrainer):
         """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
         metrics = self._metrics["train"]
         parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
-        metrics["lm_loss"].append(float(lm_loss.detach()) * parts)
+        metrics["lm_loss"].append(float(average(lm_loss)) * parts)
         if len(self._records) > len(self._domains) and domains is not None:
             self._domains.append(domains)
         zero = lm_loss.new_zeros(())
@@ -242,11 +286,13 @@ class MoETrainer(SFTTrainer):
         metrics["router/balance"].append(float(balance.detach()))
         with torch.no_grad():
             shares = self.mixture._policy(scores)
-            metrics["router/entropy"].append(float(routing.entropy(shares).mean()))
-            for name, share in zip(self.mixture._output_names(), shares.mean(0).tolist(), strict=True):
+            entropy = mean_over_processes(routing.entropy(shares)[:, None], None)
+            metrics["router/entropy"].append(float(entropy))
+            load = mean_over_processes(shares, None)
+            for name, share in zip(self.mixture._output_names(), load.tolist(), strict=True):
                 metrics[f"router/load/{name}"].append(share)
         # gradients are averaged over processes, and over micro-batches where the loss was not normalised by tokens
-        loss = loss * self.accelerator.num_processes
+        loss = times_processes(loss)
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
         return loss.to(lm_loss.device)
@@ -276,20 +322,6 @@ class DomainCollator:
         batch = self.collator(examples)
         batch[DOMAIN] = torch.tensor([self.names.index(domain) for domain in domains])
         return batch
-
-
-def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
-    """`routing.masked_mean` over the tokens of all processes; each process keeps the gradient of its own part."""
-    if mask is None:
-        mask = torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
-    kept = mask.to(values.dtype).unsqueeze(-1)
-    total, count = (values * kept).flatten(0, -2).sum(0), kept.sum()
-    if dist.is_available() and dist.is_initialized():
-        everywhere = torch.cat([total.detach(), count[None]])
-        dist.all_reduce(everywhere)
-        total = total + (everywhere[:-1] - total.detach())
-        count = everywhere[-1]
-    return total / count.clamp(min=1)
 
 
 def unwrap_head(mixture: DyLoraMoE) -> None:
