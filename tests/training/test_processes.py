@@ -71,10 +71,11 @@ def test_a_step_in_two_processes_equals_one(steps, tmp_path, name):
     assert any("router" in key for key in one["grads"]) is not forced
     assert any(".c." in key for key in one["grads"]) is not forced
     for key, grad in one["grads"].items():
-        # float32, sums over 8 rows in another order; the largest deviation measured is 4e-6 of the largest entry
-        assert (found["grads"][key] - grad).abs().max() <= 2e-5 * grad.abs().max(), key
+        # float32, sums over 8 rows in another order; the largest deviation measured is 4e-6 of the largest entry. In
+        # bf16 FSDP2 casts where autocast does not: 3.3e-2
+        assert (found["grads"][key] - grad).abs().max() <= (6e-2 if name == "bf16" else 2e-5) * grad.abs().max(), key
     for key in one["logs"].keys() - {"mean_token_accuracy", "grad_norm"}:
-        assert found["logs"][key] == pytest.approx(one["logs"][key], rel=1e-5, abs=1e-7), key
+        assert found["logs"][key] == pytest.approx(one["logs"][key], rel=5e-4 if name == "bf16" else 1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,11 +153,18 @@ def test_fsdp_that_is_silently_off_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "kind", "message"),
-    [(1, "FULL_STATE_DICT", "fsdp_version: 2"), (2, "SHARDED_STATE_DICT", "would save one expert and lose the others")],
+    ("setting", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 2"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "would save one expert and lose the others"),
+        ({"activation_checkpointing": True}, "without the routing of its forward pass"),
+        ({"cpu_ram_efficient_loading": True}, "whole in every process"),
+    ],
 )
-def test_forms_of_fsdp_that_lose_experts_are_refused(monkeypatch, version, kind, message):
-    plugin = SimpleNamespace(fsdp_version=version, state_dict_type=kind)
+def test_forms_of_fsdp_that_would_go_wrong_are_refused(monkeypatch, setting, message):
+    good = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    good |= {"activation_checkpointing": False, "cpu_ram_efficient_loading": False}
+    plugin = SimpleNamespace(**{**good, **setting})
     accelerator = SimpleNamespace(num_processes=1, state=SimpleNamespace(fsdp_plugin=plugin))
     trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(fsdp=True), is_fsdp_enabled=True)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

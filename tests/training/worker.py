@@ -34,6 +34,7 @@ STEPS: dict[str, tuple[dict, dict, dict]] = {
     "switch_accumulated": (BALANCED, {"domain_coefficient": 0.5}, {"gradient_accumulation_steps": 2}),
     "forced_accumulated": ({}, {"force_domains": True}, {"gradient_accumulation_steps": 2}),
     "checkpointed": (BALANCED, {"domain_coefficient": 0.5}, {"activation_checkpointing": True}),
+    "bf16": (BALANCED, {"domain_coefficient": 0.5}, {"bf16": True}),
     "forced_checkpointed": ({}, {"force_domains": True}, {"activation_checkpointing": True}),
 }
 

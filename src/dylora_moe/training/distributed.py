@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -113,8 +115,8 @@ def check_processes(trainer: MoETrainer) -> None:
     """Refuse what would train something else than was asked for.
 
     Raises:
-        ValueError: fewer processes than the launcher started; FSDP that is off although asked for, of version 1, or
-            with sharded checkpoints.
+        ValueError: fewer processes than the launcher started; FSDP that is off although asked for, of version 1, with
+            sharded checkpoints, its own activation checkpointing or a base loaded in one process only.
     """
     started, seen = int(os.environ.get("WORLD_SIZE", "1")), trainer.accelerator.num_processes
     if started != seen:
@@ -140,6 +142,43 @@ def check_processes(trainer: MoETrainer) -> None:
             f"{plugin.state_dict_type} would save one expert and lose the others; set fsdp_state_dict_type: "
             "FULL_STATE_DICT (experts and router are small, the base is not saved)."
         )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate's checkpointing would recompute a layer without the routing of its forward pass; set "
+            "fsdp_activation_checkpointing: false and the trainer's activation_checkpointing=True."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "experts can only be put on a base that is whole in every process; set "
+            "fsdp_cpu_ram_efficient_loading: false."
+        )
+
+
+def shard_router(trainer: MoETrainer, optimizer: torch.optim.Optimizer) -> None:
+    """Shard the router by itself, in float32, before accelerate shards the rest in the mixed precision that it chose.
+
+    Its policy would also cast the model's outputs, the log-probabilities of the loss among them, and the sums of the
+    gradients; both are left in float32.
+    """
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    policy: MixedPrecisionPolicy | None = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+    router = trainer.mixture.router
+    if isinstance(router, FSDPModule):
+        return
+    whole_parameters = list(router.parameters())
+    mesh, parallelism = trainer.accelerator.torch_device_mesh, trainer.accelerator.parallelism_config
+    fully_shard(
+        router,
+        mesh=None if mesh is None or parallelism is None else mesh[tuple(parallelism.fsdp_dim_names)],
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+        offload_policy=plugin.cpu_offload,
+        reshard_after_forward=False,  # it scores twice per step
+    )
+    sharded = {id(old): new for old, new in zip(whole_parameters, router.parameters(), strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [sharded.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 # ---------------------------------------------------------------------- the optimizer's state

@@ -40,6 +40,7 @@ from .distributed import (
     load_optimizer,
     mean_over_processes,
     save_optimizer,
+    shard_router,
     times_processes,
 )
 
@@ -213,6 +214,8 @@ class MoETrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            shard_router(self, optimizer)
         if self.router_learning_rate is not None:
             router = {id(parameter) for parameter in self.mixture.router.parameters()}
             for group in list(optimizer.param_groups):
