@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import passes, routing
-from .base import load_base, refuse_adapters, strip_adapters
+from .base import check_bare, load_base, strip_adapters
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
@@ -58,7 +58,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
         config = copy.deepcopy(config)  # it changes with the experts; the caller's does not
         config.validate()
-        refuse_adapters(base)
+        check_bare(base)
         placement = Placement.of(base)
         first = config.resolve_router_layer(placement.num_layers)
         names = list(config.expert_names or [])

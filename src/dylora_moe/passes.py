@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from . import routing as policies
 from .layers import keep_routing_in_checkpoints
 from .request import BASE, Decision, Request
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .model import DyLoraMoE
@@ -81,9 +82,12 @@ def read(model: DyLoraMoE, hidden: Tensor) -> None:
     decision = request.decision
     decision.pending = False
     hidden = hidden.detach()
+    first = next(model.router.parameters())
+    if not is_sharded(first):  # else FSDP places it; a base over several devices moves the layer's input after us
+        hidden = hidden.to(first.device)
     scores = model.router(hidden)
     if decision.forced:
-        weights = _one_hot(model, decision) + scores.sum() * 0
+        weights = _one_hot(model, decision).to(scores.device) + scores.sum() * 0
         decision.weights = weights
         model.routing.mix(tuple(model.expert_names), weights)
         return
