@@ -31,9 +31,14 @@ def load_base(
     return base, None
 
 
-def refuse_adapters(base: nn.Module) -> None:
-    """Raise `ValueError` if `base` carries adapters already; they would be mixed in silently."""
+def check_bare(base: nn.Module) -> None:
+    """Raise `ValueError` if `base` carries adapters already (they would be mixed in silently), or is offloaded."""
     for path, module in base.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"{path} of the base is offloaded to the CPU or disk, where PEFT places new adapters wrongly; choose a "
+                "device_map of devices only, or load the base in 4 bit."
+            )
         if isinstance(module, BaseTunerLayer):
             raise ValueError(
                 f"the base carries adapters already (at {path}); take it back bare with unload(), or load it again."

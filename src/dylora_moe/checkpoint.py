@@ -31,6 +31,7 @@ from .config import MoELoraConfig, check_mixable
 from .experts import NEW, ROUTED, layer_tensors
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 from .router import Router
+from .sharding import gather, is_sharded
 
 if TYPE_CHECKING:
     from .model import DyLoraMoE
@@ -201,12 +202,16 @@ def save_mixture(
         raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
     for ignored in ("save_embedding_layers", "max_shard_size", "save_function"):  # PEFT and accelerate pass them
         kwargs.pop(ignored, None)
+    if state_dict is None and is_sharded(next(model.router.parameters())):
+        state_dict = gather(model)  # every process must call
     if not is_main_process:
         return
     hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
     if kwargs:
         raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
     directory = Path(directory)
+    if state_dict is not None:
+        _check_gathered(model, state_dict)
     with replacing(directory, owned={CONFIG_FILE, ROUTER_FILE, CARD_FILE, *_saved_experts(directory)}) as folder:
         for name in model.expert_names:
             _write_adapter_files(folder / name, *_stock_adapter(model, name, state_dict))
@@ -220,6 +225,19 @@ def save_mixture(
         )
     if push_to_hub:
         upload(directory, repo_id or directory.name, **hub)
+
+
+def _check_gathered(model: DyLoraMoE, state_dict: Mapping[str, Tensor]) -> None:
+    parts = [(part.name, part.tensor) for expert in model.expert_names for part in model.expert_tensors(expert)]
+    for name, tensor in [*parts, *((f"router.{key}", value) for key, value in model.router.state_dict().items())]:
+        if name not in state_dict:
+            raise CheckpointError(
+                f"state_dict: {name} is missing. It must hold all tensors of experts and router (FULL_STATE_DICT)."
+            )
+        if state_dict[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"state_dict: {name} has shape {list(state_dict[name].shape)}, expected {list(tensor.shape)}."
+            )
 
 
 def upload(

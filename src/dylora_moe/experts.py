@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .layers import KeepRouting
+from .sharding import shard_like
 from .trace import ParameterReport, parameter_report
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ class ExpertLifecycle:
     def _load_expert(self: DyLoraMoE, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:  # type: ignore[misc]
         """Copy validated `tensors` (stock keys) into an expert; `keep_dtype` takes over the file's dtype."""
         for key, _, parameter in self.expert_tensors(name):
-            value = tensors[key].to(parameter.device)
+            value = shard_like(tensors[key], parameter)
             with torch.no_grad():
                 if keep_dtype and value.dtype != parameter.dtype:
                     parameter.data = value.clone()

@@ -111,6 +111,7 @@ class RoutedLayer:
                 return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             weights = x.new_ones(1, 1, len(names), dtype=torch.float32)
         present = carried(layer, names)
+        weights = weights.to(x.device)  # layers may sit on several devices
         mixture = None if args or kwargs or layer.merged else dense_form(layer, names, present)
         if mixture is None:
             return reference_mixture(layer, x, weights, names, **kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import passes, routing
-from .base import load_base, refuse_adapters, strip_adapters
+from .base import check_bare, load_base, strip_adapters
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
@@ -39,6 +39,8 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         moe_config: the `MoELoraConfig`; `top_k`, `train_top_k`, `temperature` and the coefficients may be changed at
             any time.
         router: the `Router`.
+        touch_all_experts: set by trainers where processes share the parameters in shards: with gradients on, a forced
+            pass takes the router and every other expert along with weight zero, so that all have the same gradients.
         expert_states: name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`.
     """
 
@@ -56,7 +58,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
         config = copy.deepcopy(config)  # it changes with the experts; the caller's does not
         config.validate()
-        refuse_adapters(base)
+        check_bare(base)
         placement = Placement.of(base)
         first = config.resolve_router_layer(placement.num_layers)
         names = list(config.expert_names or [])
@@ -88,6 +90,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         self.router_layer_index = first
         self.routing = Routing()
         self.expert_states: dict[str, str] = dict.fromkeys(names, ROUTED)
+        self.touch_all_experts = False
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,
@@ -163,7 +166,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
-        fresh = {expert: source for expert, source in adapters.items() if isinstance(source, LoraConfig)}
+        fresh = {e: source for e, source in adapters.items() if isinstance(source, LoraConfig)}
         loaded = {e: read_adapter(str(source), model, e) for e, source in adapters.items() if e not in fresh}
         if config is None:
             lora = [*(adapter.config for adapter in loaded.values()), *fresh.values()][0]
@@ -174,9 +177,8 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
             config.set_experts(list(adapters))
         placement = Placement.of(model)
         lowest = 0 if config.router_layer == "last" else config.resolve_router_layer(placement.num_layers)
-        experts = {expert: placement.fresh_expert(model, source, lowest) for expert, source in fresh.items()}
-        experts = {e: loaded[e].config if e in loaded else experts[e] for e in adapters}
-        mixture = cls(model, config, experts=experts, base_name=name)
+        new = {e: placement.fresh_expert(model, source, lowest) for e, source in fresh.items()}
+        mixture = cls(model, config, {e: new.get(e) or loaded[e].config for e in adapters}, base_name=name)
         for expert, adapter in loaded.items():
             mixture._load_expert(expert, adapter.tensors)
             if not trainable:

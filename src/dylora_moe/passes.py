@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from . import routing as policies
 from .layers import keep_routing_in_checkpoints
 from .request import BASE, Decision, Request
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .model import DyLoraMoE
@@ -50,10 +51,15 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
         model.routing.mix(tuple(model.expert_names), decision.weights)
         return (), kwargs
     decision.columns = _columns(model, request, batch)
-    if decision.columns is not None and None not in decision.columns:
+    if decision.forced and not (model.touch_all_experts and torch.is_grad_enabled()):
         _force(model, decision)
         return (), kwargs
-    if model.moe_config.granularity == "sequence" and request.held is None and _filled(kwargs.get("past_key_values")):
+    if (
+        not decision.forced
+        and model.moe_config.granularity == "sequence"
+        and request.held is None
+        and _filled(kwargs.get("past_key_values"))
+    ):
         raise ValueError(
             "sequence granularity decides on the prompt, which is in the cache already: generate with model.generate, "
             "or pass routing_weights=output.routing_weights[:, -1] of the prompt's pass."
@@ -76,7 +82,15 @@ def read(model: DyLoraMoE, hidden: Tensor) -> None:
     decision = request.decision
     decision.pending = False
     hidden = hidden.detach()
+    first = next(model.router.parameters())
+    if not is_sharded(first):  # else FSDP places it; a base over several devices moves the layer's input after us
+        hidden = hidden.to(first.device)
     scores = model.router(hidden)
+    if decision.forced:
+        weights = _one_hot(model, decision).to(scores.device) + scores.sum() * 0
+        decision.weights = weights
+        model.routing.mix(tuple(model.expert_names), weights)
+        return
     prompt = None
     if model.moe_config.granularity == "sequence":
         prompt = _prompt_tokens(request, decision, scores.device)
@@ -123,11 +137,9 @@ def _decide(model: DyLoraMoE, decision: Decision, scores: Tensor) -> None:
     shares = model._policy(scores)
     weights = shares[..., : model.num_experts]
     if decision.columns is not None:
-        forced = policies.one_hot_weights(
-            [None if c is None or c < 0 else c for c in decision.columns], model.num_experts, weights.device
-        )
+        forced = _one_hot(model, decision)
         routed = torch.tensor([c is None for c in decision.columns], device=weights.device)[:, None, None]
-        weights = torch.where(routed, weights, forced.to(weights.dtype))
+        weights = torch.where(routed, weights, forced.to(weights))
     decision.logits = scores.expand(-1, decision.length, -1)
     decision.shares = shares.expand(-1, decision.length, -1)
     decision.weights = weights
@@ -136,18 +148,22 @@ def _decide(model: DyLoraMoE, decision: Decision, scores: Tensor) -> None:
 
 def _force(model: DyLoraMoE, decision: Decision) -> None:
     """All rows are forced: PEFT's own forward if to the same expert, else one-hot weights of the experts used."""
-    columns = [c for c in decision.columns or [] if c is not None]
-    device = next(model.router.parameters()).device
     names = model.expert_names
+    columns = [c for c in decision.columns or [] if c is not None]
     used = sorted({c for c in columns if c >= 0})
-    one_hot = policies.one_hot_weights([c if c >= 0 else None for c in columns], len(names), device)
-    decision.weights = one_hot
+    decision.weights = one_hot = _one_hot(model, decision)
     if torch.compiler.is_compiling():  # one graph for every forced expert
         model.routing.mix(tuple(names), one_hot)
     elif len(set(columns)) == 1:
         model.routing.force([names[c] for c in used])
     else:  # unused experts must get no gradient, not a zero one
         model.routing.mix(tuple(names[c] for c in used), one_hot[..., used])
+
+
+def _one_hot(model: DyLoraMoE, decision: Decision) -> Tensor:
+    """`[B, 1, E]` weights of the forced rows; those of routed rows are zero."""
+    columns = [c if c is not None and c >= 0 else None for c in decision.columns or []]
+    return policies.one_hot_weights(columns, model.num_experts, next(model.router.parameters()).device)
 
 
 def _columns(model: DyLoraMoE, request: Request, batch: int) -> list[int | None] | None:

@@ -63,6 +63,11 @@ class Decision:
     shares: Tensor | None = None
     weights: Tensor | None = None
 
+    @property
+    def forced(self) -> bool:
+        """Whether every row is forced."""
+        return self.columns is not None and None not in self.columns
+
     def routed_mask(self, device: torch.device) -> Tensor | None:
         """`[B, S]` bool of the real tokens in routed rows, or None if all are: what losses and load count."""
         mask = None if self.mask is None else self.mask.to(device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import routing
 from .request import BASE, Decision
+from .sharding import local
 
 if TYPE_CHECKING:
     from .model import DyLoraMoE
@@ -155,7 +156,7 @@ class ParameterReport:
         router: of the router.
         experts: per expert.
         trainable: those that require gradients.
-        base_bytes: memory of the base's storages, each counted once.
+        base_bytes: memory of the base's storages in this process, each counted once.
     """
 
     base: int
@@ -179,7 +180,8 @@ def parameter_report(model: DyLoraMoE) -> ParameterReport:
     """Count the parameters of a mixture."""
     groups = parameter_groups(model)
     counts = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in groups["frozen"]}
+    frozen = [local(p).untyped_storage() for p in groups["frozen"]]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in frozen}
     return ParameterReport(
         base=counts.pop("frozen"),
         router=counts.pop("router"),

@@ -12,14 +12,19 @@ import json
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
+from dylora_moe.sharding import reshard, shard_like
+
+from .distributed import greatest
 
 if TYPE_CHECKING:
     from dylora_moe.model import DyLoraMoE
@@ -64,6 +69,17 @@ def last_complete(output: str | Path) -> Path | None:
     return folders[max(folders)] if folders else None
 
 
+def ended(folder: Path) -> bool:
+    """Whether the training was over when the checkpoint in `folder` was written."""
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    stopped = any(
+        callback["attributes"]["early_stopping_patience_counter"] >= callback["args"]["early_stopping_patience"]
+        for entry in [state["stateful_callbacks"].get("EarlyStoppingCallback", [])]
+        for callback in (entry if isinstance(entry, list) else [entry])
+    )
+    return stopped or state["global_step"] >= state["max_steps"]
+
+
 def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
     """Load experts and router of a checkpoint into a mixture that has the same experts.
 
@@ -78,17 +94,23 @@ def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
             if key not in adapter.tensors or adapter.tensors[key].shape != parameter.shape:
                 raise CheckpointError(f"{folder / name}: {key} does not fit expert {name!r} of this mixture.")
     router = read_router(folder / ROUTER_FILE, mixture.router)
+    reshard(mixture)
     for name, adapter in adapters.items():
         mixture._load_expert(name, adapter.tensors)
-    mixture.router.load_state_dict(router)
+    with torch.no_grad():
+        for name, parameter in mixture.router.named_parameters():
+            parameter.copy_(shard_like(router[name], parameter))
 
 
 def save_averages(trainer: MoETrainer, folder: Path) -> None:
-    """Keep the averages that a trainer is in the middle of."""
+    """Keep the averages that a trainer is in the middle of; every process takes part, the first one writes."""
+    losses = cast(torch.Tensor, trainer.accelerator.gather(trainer._tr_loss.double().reshape(1))).tolist()
+    if not trainer.args.should_save:
+        return
     averages = {
         "metrics": {mode: dict(values) for mode, values in trainer._metrics.items()},
         "total_train_tokens": trainer._total_train_tokens,
-        "loss_since_log": float(trainer._tr_loss.double()),
+        "loss_since_log": losses,  # of each process
         "last_logged": trainer._globalstep_last_logged,
         "starved": trainer.starved.steps,
         "patience_used": [callback.early_stopping_patience_counter for callback in _early_stopping(trainer)],
@@ -108,9 +130,9 @@ class RestoreAverages(TrainerCallback):
         for mode, values in averages["metrics"].items():
             trainer._metrics[mode].update(values)
         trainer._total_train_tokens = averages["total_train_tokens"]
-        trainer._tr_loss = torch.tensor(averages["loss_since_log"], device=trainer._tr_loss.device).to(
-            trainer._tr_loss.dtype
-        )
+        losses = averages["loss_since_log"]
+        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        trainer._tr_loss = torch.tensor(own, device=trainer._tr_loss.device).to(trainer._tr_loss.dtype)
         trainer._globalstep_last_logged = averages["last_logged"]
         trainer.starved.steps = averages["starved"]
         for callback, used in zip(_early_stopping(trainer), averages["patience_used"], strict=False):
@@ -134,13 +156,15 @@ class Interrupted(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT finish the optimizer step, save and stop; a second one acts at once.
+    """SIGTERM and SIGINT finish the optimizer step, save and stop; another one a second later acts at once.
 
+    Sooner it is the same one: torchrun forwards what its processes have received themselves.
     Trainer's own just-in-time checkpoint saves in the middle of a step, from which no exact resume is possible.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -148,6 +172,7 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.received = greatest(self.received or 0, args.device) or None  # it may have reached one process only
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -162,5 +187,8 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.restore_handlers()
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > 1.0:
+            self.restore_handlers()
+            signal.raise_signal(number)

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import concatenate_datasets
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from dylora_moe import routing
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes import RouterRecord
+from dylora_moe.sharding import gather
 
 from .callbacks import StarvedExperts
 from .checkpoints import (
@@ -30,18 +31,30 @@ from .checkpoints import (
     Interrupted,
     RestoreAverages,
     StopOnSignal,
+    ended,
     last_complete,
     mark_complete,
     mark_incomplete,
     restore,
     save_averages,
 )
-from .collator import DOMAIN, DomainCollator, padded, per_token
+from .collator import DOMAIN, DomainCollator, per_token
+from .distributed import (
+    average,
+    check_processes,
+    drop_unused,
+    fsdp_on_cpu,
+    load_optimizer,
+    mean_over_processes,
+    save_optimizer,
+    shard_router,
+    times_processes,
+)
 from .schedule import TwoPhase
-from .token_means import TokenMeans
+from .token_means import TokenWeightedEvaluation, unwrap_head
 
 
-class MoETrainer(SFTTrainer):
+class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
     """`trl.SFTTrainer` for a `DyLoraMoE`.
 
     The language-model loss is TRL's. The router's losses are computed once per optimizer step over all its
@@ -61,7 +74,8 @@ class MoETrainer(SFTTrainer):
         kwargs: passed to `SFTTrainer`.
 
     Raises:
-        ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain.
+        ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain;
+            processes or FSDP other than asked for (see `distributed.check_processes`).
     """
 
     def __init__(
@@ -85,12 +99,15 @@ class MoETrainer(SFTTrainer):
         self.starved = StarvedExperts(collapse_steps)
         self._records: list[RouterRecord] = []
         self._domains: list[Tensor] = []
+        self._forced: set[str] = set()
         arguments = kwargs.get("args")
         if arguments is not None and arguments.data_seed is None:
             arguments.data_seed = arguments.seed  # else the order of the data hangs on whoever seeded torch last
         if arguments is not None and arguments.eval_packing is None:
             arguments.eval_packing = False  # the rows of an evaluation are weighted one by one
         super().__init__(model, *args, **kwargs)
+        check_processes(self)
+        model.touch_all_experts = self.is_fsdp_enabled or self.is_deepspeed_enabled
         columns = getattr(self.train_dataset, "column_names", None) or []
         self.has_domains = DOMAIN in columns
         if (domain_coefficient or force_domains) and not self.has_domains:
@@ -111,6 +128,8 @@ class MoETrainer(SFTTrainer):
             Interrupted: SIGTERM or SIGINT; the step was finished and saved.
         """
         folder = self._resume_folder(resume_from_checkpoint)
+        if folder is not None and ended(folder):
+            return self._take_over(folder)
         stop = StopOnSignal()
         self.add_callback(stop)
         if folder is not None:
@@ -128,6 +147,18 @@ class MoETrainer(SFTTrainer):
             raise Interrupted(stop.received, str(self.args.output_dir))
         return result
 
+    def _take_over(self, folder: Path) -> TrainOutput:
+        """The outcome of a training whose last step is in `folder`; Trainer would make one step more."""
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        restore(self.mixture, folder)
+        RestoreAverages(self, folder).on_train_begin(self.args, self.state, self.control)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.mixture.train()
+        self.log({"train_loss": 0.0})  # closes the log as the end of a training does
+        unwrap_head(self.mixture)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
     def _resume_folder(self, asked: str | bool | None) -> Path | None:
         if not asked:
             return None
@@ -142,11 +173,15 @@ class MoETrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        if self.is_fsdp_enabled and self.force_domains and self.accelerator.sync_gradients:
+            drop_unused(self.mixture, self._forced)
+            self._forced.clear()
+        everywhere = average(loss)  # all processes stop if one must
+        if not bool(torch.isfinite(everywhere)):
             last = last_complete(str(self.args.output_dir))
             raise FloatingPointError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}. Lower train.learning_rate or set "
-                f"train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
+                f"the loss is {float(everywhere)} at step {self.state.global_step + 1}. Lower train.learning_rate or "
+                f"set train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
             )
         return loss
 
@@ -157,8 +192,9 @@ class MoETrainer(SFTTrainer):
             if self.args.should_save:
                 mark_incomplete(folder)
             super()._save_checkpoint(model, trial)
+            save_averages(self, folder)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                save_averages(self, folder)
                 mark_complete(folder)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk arrives as any of these
             last = last_complete(str(self.args.output_dir))
@@ -182,11 +218,37 @@ class MoETrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         restore(self.mixture, str(self.state.best_model_checkpoint))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        with fsdp_on_cpu(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=gather(self.mixture))  # super() would gather the base as well
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_optimizer(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `save_pretrained` writes the mixture's own card."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            shard_router(self, optimizer)
         own = {"lr": self.router_learning_rate, "weight_decay": self.router_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
         if own:
@@ -237,6 +299,7 @@ class MoETrainer(SFTTrainer):
                     "train each expert on its own data, or set packing and padding_free to false."
                 )
             inputs["experts"] = [names[i] for i in domains[:, 0].tolist()]
+            self._forced.update(inputs["experts"])
         return inputs, domains
 
     def _smoothed_loss(self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
@@ -258,7 +321,7 @@ class MoETrainer(SFTTrainer):
         """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
         metrics = self._metrics["train"]
         parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
-        metrics["lm_loss"].append(float(lm_loss.detach()) * parts)
+        metrics["lm_loss"].append(float(average(lm_loss)) * parts)
         if len(self._records) > len(self._domains) and domains is not None:
             self._domains.append(domains)
         zero = lm_loss.new_zeros(())
@@ -280,58 +343,19 @@ class MoETrainer(SFTTrainer):
         metrics["router/balance"].append(float(balance.detach()))
         with torch.no_grad():
             shares = self.mixture._policy(scores)
-            metrics["router/entropy"].append(float(routing.entropy(shares).mean()))
-            metrics["router/max_probability"].append(float(shares.max(-1).values.mean()))
-            load = dict(zip(self.mixture._output_names(), shares.mean(0).tolist(), strict=True))
+            rows = torch.cat([shares, routing.entropy(shares)[:, None], shares.amax(-1, keepdim=True)], -1)
+            *means, entropy, largest = mean_over_processes(rows, None).tolist()
+            metrics["router/entropy"].append(entropy)
+            metrics["router/max_probability"].append(largest)
+            load = dict(zip(self.mixture._output_names(), means, strict=True))
             for name, share in load.items():
                 metrics[f"router/load/{name}"].append(share)
             metrics["router/dead_experts"].append(float(self.starved.update(load)))
         # gradients are averaged over processes, and over micro-batches where the loss was not normalised by tokens
-        loss = loss * self.accelerator.num_processes
+        loss = times_processes(loss)
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
         return loss.to(lm_loss.device)
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs, domains = self._split_domains(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        loss = self._means.add(outputs.log_probs, outputs.is_top1, outputs.label_mask, domains)
-        return loss.to(self.args.device), None, None
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """TRL's loop; the loss is the mean over all tokens, of all examples and of those of each domain."""
-        self._means = TokenMeans(self.accelerator.gather_for_metrics, self.mixture.expert_names)
-        base: Any = self.mixture.get_base_model()
-        bare = "forward" not in base.__dict__  # after training
-        if bare:
-            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-        options = (prediction_loss_only, ignore_keys, metric_key_prefix)
-        output: Any = super().evaluation_loop(dataloader, description, *options)
-        if bare:
-            unwrap_head(self.mixture)
-        if self._means.rows:
-            output.metrics.update(self._means.metrics(metric_key_prefix))
-        return output
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        flat = self.data_collator
-        self.data_collator = padded(flat)  # so that a row is an example
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = flat
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -358,22 +382,3 @@ class MoETrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if self._signature_columns is not None and DOMAIN not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, DOMAIN]
-
-
-def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
-    """`routing.masked_mean` over the tokens of all processes; each process keeps the gradient of its own part."""
-    if mask is None:
-        mask = torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
-    kept = mask.to(values.dtype).unsqueeze(-1)
-    total, count = (values * kept).flatten(0, -2).sum(0), kept.sum()
-    if dist.is_available() and dist.is_initialized():
-        everywhere = torch.cat([total.detach(), count[None]])
-        dist.all_reduce(everywhere)
-        total = total + (everywhere[:-1] - total.detach())
-        count = everywhere[-1]
-    return total / count.clamp(min=1)
-
-
-def unwrap_head(mixture: DyLoraMoE) -> None:
-    """Undo what SFTTrainer put around the base's forward; each trainer made on a model adds one more layer."""
-    mixture.get_base_model().__dict__.pop("forward", None)
