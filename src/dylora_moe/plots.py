@@ -9,12 +9,14 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from .colours import LIGHT, PALETTE, Theme, contrast, legible
+from .labels import labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LINES_LIMIT = 10  # more lines than these cannot be told apart: a heat map over the steps instead
+COLUMNS_LIMIT = 32  # of a heat map of normal width
 PANELS_LIMIT = 12  # experts up to which co-activation is shown per domain
 WIDTH = 5.8  # inches; a figure fills half a desktop page or a narrow screen
 DPI = 160
@@ -61,10 +63,10 @@ def curves(panels: Sequence[Panel], stages: Sequence[Stage], theme: Theme = LIGH
     figure = _figure(WIDTH, sum(heights) + 0.5 + 0.12 * entries, theme)
     grid = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights).flat)
     for panel, axes, legend in zip(panels, grid, legends, strict=True):
-        _draw(panel, axes, theme)
+        _draw(panel, axes, stages, theme)
         if legend:
             lift = 14 if axes is grid[0] and len(stages) > 1 else 0
-            _legend(axes, theme, sum(map(len, panel.lines)) > 30, lift)
+            _legend(axes, theme, not _beside(panel), lift)
     _mark_stages(grid, stages, theme)
     _titles([panel.title for panel in panels], grid, theme, len(stages) > 1)
     grid[-1].set_xlabel("optimizer step")
@@ -112,10 +114,11 @@ def heat_map(table: Mapping[str, Mapping[str, float]], columns: Sequence[str], t
     across = list(columns)
     if len(across) > len(rows):
         rows, across, values = across, rows, [list(column) for column in zip(*values, strict=True)]
-    figure = _figure(WIDTH, 1.1 + _room(across, WIDTH) + len(rows) * (0.42 if len(rows) <= 8 else 0.2), theme)
+    width = WIDTH * (1 + (len(across) > COLUMNS_LIMIT))
+    figure = _figure(width, 1.1 + _room(across, width) + len(rows) * (0.42 if len(rows) <= 8 else 0.2), theme)
     axes = figure.subplots()
     top = max((max(row) for row in values), default=0.0)
-    mesh = _cells(axes, values, rows, across, theme, 1.0 if top > 0.5 else max(top, 1e-9), WIDTH)
+    mesh = _cells(axes, values, rows, across, theme, 1.0 if top > 0.5 else max(top, 1e-9), width)
     _colour_bar(figure, mesh, axes, theme)
     _titles([title], [axes], theme)
     return figure
@@ -137,18 +140,19 @@ def coactivation(
         tables = {f"mean of {len(tables)} domains": _mean(list(tables.values()), experts)}
     across = min(2, len(tables))
     down = -(-len(tables) // across)
-    width = WIDTH if across == 1 else 2 * WIDTH
+    width = WIDTH * (1 + (across > 1 or len(experts) > COLUMNS_LIMIT))
     side = (width - 1.0) / across
     names = _room(experts, side) + 0.45
     height = len(experts) * (0.42 if len(experts) <= 5 else 0.3 if len(experts) <= PANELS_LIMIT else 0.2)
     figure = _figure(width, 0.4 + down * (height + names), theme)
     grid = figure.subplots(down, across, squeeze=False)
     mesh, titles = None, labels(tables)
+    top = max(float(share) for table in tables.values() for row in table.values() for share in row.values())
     for axes in grid.flat[len(tables) :]:
         axes.set_axis_off()
     for axes, (domain, table) in zip(grid.flat, tables.items(), strict=False):
         values = [[float(table.get(a, {}).get(b, 0.0)) for b in experts] for a in experts]
-        mesh = _cells(axes, values, experts, experts, theme, 1.0, side)
+        mesh = _cells(axes, values, experts, experts, theme, 1.0 if top > 0.5 else max(top, 1e-9), side)
         _titles([f"Co-activation (%): {titles[domain]}"], [axes], theme)
     _colour_bar(figure, mesh, list(grid.flat), theme)
     return figure
@@ -223,36 +227,6 @@ def _colour_map(theme: Theme) -> Any:
     return LinearSegmentedColormap.from_list("share", theme.heat)
 
 
-def labels(names: Iterable[str], length: int = 22) -> dict[str, str]:
-    """Name → what a figure shows for it, about `length` letters at most and different for different names.
-
-    Long names lose what they all begin and end with, then their middle; a dollar starts no formula.
-    """
-    names = list(dict.fromkeys(names))
-    long = [name for name in names if len(name) > length]
-    start, end = (_common(long), _common([name[::-1] for name in long])) if len(long) > 1 else (0, 0)
-    if start + end >= min(map(len, long), default=1):
-        end = 0
-    short: dict[str, str] = {}
-    for i, name in enumerate(names):
-        text = name
-        if name in long:
-            text = "…" * bool(start) + name[start : len(name) - end] + "…" * bool(end)
-        if len(text) > length:
-            text = f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
-        text = text.replace("$", r"\$")
-        short[name] = f"{text} ({i + 1})" if text in short.values() else text
-    return short
-
-
-def _common(names: Sequence[str]) -> int:
-    """How many letters all `names` begin with; 0 if it is not worth an ellipsis."""
-    count = 0
-    while all(name[count : count + 1] == names[0][count : count + 1] != "" for name in names):
-        count += 1
-    return count if count > 2 else 0
-
-
 def _mean(tables: Sequence[Mapping[str, Mapping[str, float]]], experts: Sequence[str]) -> dict[str, dict[str, float]]:
     return {
         a: {b: sum(float(table.get(a, {}).get(b, 0.0)) for table in tables) / len(tables) for b in experts}
@@ -260,23 +234,23 @@ def _mean(tables: Sequence[Mapping[str, Mapping[str, float]]], experts: Sequence
     }
 
 
-def _draw(panel: Panel, axes: Axes, theme: Theme) -> None:
+def _draw(panel: Panel, axes: Axes, stages: Sequence[Stage], theme: Theme) -> None:
+    gaps = [(stage.start, math.nan) for stage in stages[1:]]  # no line leads from one stage to the next
     short = labels(panel.lines)
     finite = [v for _, values in panel.lines.values() for v in values if math.isfinite(v)]
     for i, (label, (steps, values)) in enumerate(panel.lines.items()):
         axes.plot(
-            steps,
-            values,
+            *zip(*sorted([*zip(steps, values, strict=True), *gaps], key=lambda point: point[0]), strict=True),
             STYLES[i // len(PALETTE) % len(STYLES)],
             color=legible(panel.colours.get(label, PALETTE[i % len(PALETTE)]), theme),
             label=short[label],
             linewidth=1.6,
-            marker=MARKERS[i % len(MARKERS)] if len(steps) <= 30 else None,
-            markersize=4,
+            marker=MARKERS[i % len(MARKERS)] if len(steps) <= min(30 * len(stages), 90) else None,
+            markersize=3.5,
         )
     if panel.reference is not None:
         label, height = panel.reference
-        axes.axhline(height, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, label=label)
+        axes.axhline(height, color=theme.muted, linestyle=(0, (1, 2)), linewidth=1.4, label=label)
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
         if panel.limits[1] is None and max(finite, default=0.0) == 0:
@@ -314,6 +288,12 @@ def _legend(axes: Axes, theme: Theme, below: bool, lift: float = 0.0) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), **style)
 
 
+def _beside(panel: Panel) -> bool:
+    """Whether the legend fits on the line of the title."""
+    entries = [*labels(panel.lines).values(), *([panel.reference[0]] if panel.reference else [])]
+    return 0.1 * len(panel.title) + sum(0.075 * len(entry) + 0.45 for entry in entries) < WIDTH - 0.8
+
+
 def _titles(titles: Sequence[str], grid: Iterable[Axes], theme: Theme, staged: bool = False) -> None:
     for i, (title, axes) in enumerate(zip(titles, grid, strict=False)):
         pad = 20 if staged and i == 0 else 8
@@ -321,14 +301,15 @@ def _titles(titles: Sequence[str], grid: Iterable[Axes], theme: Theme, staged: b
 
 
 def _mark_stages(grid: Sequence[Axes], stages: Sequence[Stage], theme: Theme) -> None:
-    if len(stages) < 2:
+    if not stages:
         return
     total = stages[-1].end - stages[0].start
     for axes in grid:
-        axes.set_xlim(stages[0].start, stages[-1].end)
+        axes.set_xlim(stages[0].start - 0.01 * total, stages[-1].end + 0.02 * total + (total == 0))
+        axes.locator_params(axis="x", integer=True)
         for stage in stages[1:]:
             axes.axvline(stage.start, color=theme.muted, linewidth=0.8, alpha=0.7)
-    for stage in stages:
+    for stage in stages if len(stages) > 1 else ():
         fits = int((stage.end - stage.start) / max(total, 1e-9) * (WIDTH - 1.2) / 0.07)  # letters of 8 points
         if fits >= min(3, len(stage.name)):
             name = stage.name if len(stage.name) <= fits else f"{stage.name[: max(fits - 1, 1)]}…"
@@ -364,7 +345,8 @@ def _cells(
     top: float,
     width: float,
 ) -> Any:
-    mesh = axes.pcolormesh(values, cmap=_colour_map(theme), vmin=0, vmax=top, edgecolor=theme.background, linewidth=0.8)
+    mesh = axes.pcolormesh(values, cmap=_colour_map(theme), vmin=0, vmax=top, edgecolor=theme.background)
+    mesh.set_linewidth(0.8 if len(rows) <= 20 else 0.3)
     size = 9 if len(rows) <= 20 else 7
     level = _level(columns, width)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], list(labels(rows).values()), fontsize=size)
@@ -383,10 +365,12 @@ def _cells(
 
 
 def _colour_bar(figure: Figure, mesh: Any, axes: Any, theme: Theme, percent: bool = True) -> None:
-    bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, aspect=30)
+    bar = figure.colorbar(
+        mesh, ax=axes, fraction=0.04, pad=0.02, aspect=30, shrink=min(1.0, 5 / figure.get_figheight())
+    )
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(colors=theme.muted, labelcolor=theme.text, length=0, labelsize=8)
     if percent:
         from matplotlib.ticker import PercentFormatter
 
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -62,12 +62,14 @@ def _load_by_domain(run: Run) -> Picture | None:
         "Share of each domain's held-out tokens that an expert receives, in percent.",
         f"Heat map of domain by expert. Most of the load goes to, by domain, {_some(strongest)}.",
         lambda theme: plots.heat_map(run.load, run.outputs, "Load by domain and expert (%)", theme),
+        wide=min(len(run.load), len(run.outputs)) > plots.COLUMNS_LIMIT,
     )
 
 
 def _coactivation(run: Run) -> Picture | None:
     tables = {domain: row["coactivation"] for domain, row in run.routing.items() if row.get("coactivation")}
-    if not tables or len(run.outputs) < 2:
+    count = len(run.outputs)
+    if not tables or count < 2:
         return None
     return Picture(
         "coactivation",
@@ -75,13 +77,13 @@ def _coactivation(run: Run) -> Picture | None:
         "Share of tokens on which two experts both have weight, in percent; on the diagonal, on which one has.",
         f"Heat maps of expert by expert for {_some(list(tables))}.",
         lambda theme: plots.coactivation(tables, run.outputs, theme),
-        wide=len(tables) > 1 and len(run.outputs) <= plots.PANELS_LIMIT,
+        wide=(1 < len(tables) <= 6 and count <= plots.PANELS_LIMIT) or count > plots.COLUMNS_LIMIT,
     )
 
 
 def _curves(run: Run) -> list[Picture]:
-    uniform = ("uniform", math.log(max(len(run.outputs), 1)))
-    even = ("1/E", 1 / max(len(run.outputs), 1))
+    count = len(run.outputs)
+    uniform, even = (("uniform", math.log(count)), ("1/E", 1 / count)) if count > 1 else (None, None)
     lines = {
         "loss": [
             _panel(run, "Loss", {"loss": "total", "lm_loss": "language model", "eval_loss": "evaluation"}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe import plots
-from dylora_moe.colours import DARK, LIGHT
+from dylora_moe.colours import DARK, LIGHT, legible
 from dylora_moe.display import TITLES
 
 from .figures import FIGURES, pictures
@@ -82,6 +82,7 @@ def _render(run: Run, shown: Mapping[str, list[dict[str, Any]]]) -> str:
         versions=dict(run.environment.get("versions") or {}),
         facts_of_machine={key: value for key, value in run.environment.items() if key != "versions"},
         figures=shown,
+        swatches={n: (legible(c, LIGHT), legible(c, DARK)) for n, c in run.colours.items()},
         themes={"light": LIGHT, "dark": DARK},
     )
 
