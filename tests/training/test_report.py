@@ -74,8 +74,8 @@ def run(tmp_path_factory):
 
 
 def only_results(folder: Path, **changes) -> Page:
-    """The page of a run without a history, whose results are changed; no figure is needed to judge it."""
-    results = write_run(folder) | changes
+    """The page of a run without history and routing, whose results are changed; their table is what is judged."""
+    results = write_run(folder) | {"load": {}, "routing": {}} | changes
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "history.json").unlink()
     return Page(write_report(folder))
@@ -232,9 +232,8 @@ def test_damaged_optional_files_are_sentences_too(tmp_path):
 
 
 def test_without_test_data_the_curves_remain(tmp_path):
-    results = write_run(tmp_path, stages=(("joint", 2),)) | dict.fromkeys(
-        ("base", "mixture", "top1", "top2", "load"), {}
-    )
+    nothing = {key: {} for key in ("base", "mixture", "top1", "top2", "load")}
+    results = write_run(tmp_path, stages=(("joint", 2),)) | nothing
     del results["routing"], results["single"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     page = Page(write_report(tmp_path))
