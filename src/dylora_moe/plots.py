@@ -256,7 +256,8 @@ def _draw(panel: Panel, axes: Axes, stages: Sequence[Stage], theme: Theme) -> No
         if panel.limits[1] is None and max(finite, default=0.0) == 0:
             axes.set_ylim(panel.limits[0], 1)
         low, high = axes.get_ylim()
-        axes.set_ylim(low - 0.04 * (high - low), high)  # so that a line at the limit is not the frame
+        room = 0.04 * (high - low)  # so that no line lies on the frame
+        axes.set_ylim(low - room, high + room * (panel.limits[1] is None))
     elif finite and min(finite) > 0 and max(finite) > 50 * min(finite):
         axes.set_yscale("log")
     _style(axes, theme)
