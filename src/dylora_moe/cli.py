@@ -1,4 +1,4 @@
-"""The command line: `dylora-moe train | generate | inspect | recipe`."""
+"""The command line: `dylora-moe train | generate | inspect | report | recipe`."""
 
 from __future__ import annotations
 
@@ -135,6 +135,17 @@ def inspect(
     console.print(routing_table(answer.trace))
     session.backward(text)
     console.print(gradient_table(gradient_report(session.model)))
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="The output folder of a run.")]) -> None:
+    """Write the report of a run again, from the files it left: report.html and figures/*.png.
+
+    Example: [bold]dylora-moe report runs/skills[/]
+    """
+    from .training.report import write_report
+
+    console.print(str(write_report(directory)), markup=False, highlight=False, soft_wrap=True)
 
 
 @recipes.command("check")
