@@ -62,7 +62,7 @@ def recipe(tmp_path, base):
 )
 def test_train_writes_checkpoint_and_results(recipe, base, tmp_path, method):
     train = {key: value for key, value in TRAIN.items() if not (method.get("method") and key == "max_steps")}
-    result = runner.invoke(app, ["train", recipe(train={**train, **method})], catch_exceptions=False)
+    result = runner.invoke(app, ["train", "--no-report", recipe(train={**train, **method})], catch_exceptions=False)
     assert result.exit_code == 0
     assert "identical answers" in result.output
     assert "dylora-moe generate" in result.output
@@ -85,7 +85,7 @@ def test_train_writes_checkpoint_and_results(recipe, base, tmp_path, method):
 
 
 def test_training_moves_experts_and_router_only(recipe, base, tmp_path):
-    runner.invoke(app, ["train", recipe(), "--set", "train.learning_rate=0.01"], catch_exceptions=False)
+    runner.invoke(app, ["train", "--no-report", recipe(), "--set", "train.learning_rate=0.01"], catch_exceptions=False)
     model = DyLoraMoE.from_pretrained(str(tmp_path / "out"))
     assert all(t.tensor.abs().sum() > 0 for t in model.expert_tensors("date") if ".lora_B." in t.key)
     fresh = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -141,7 +141,7 @@ def test_chats_text_and_prompts_from_several_formats_in_one_mixture(recipe, base
 
 
 def test_generate_and_inspect(recipe, tmp_path):
-    runner.invoke(app, ["train", recipe()], catch_exceptions=False)
+    runner.invoke(app, ["train", "--no-report", recipe()], catch_exceptions=False)
     out = str(tmp_path / "out")
     plain = runner.invoke(app, ["generate", out, "When?", "--max-new-tokens", "4"], catch_exceptions=False)
     assert plain.exit_code == 0
@@ -163,7 +163,7 @@ def test_generate_and_inspect(recipe, tmp_path):
 
 def test_recipe_check_prints_the_defaults(recipe):
     result = runner.invoke(app, ["recipe", "check", recipe()], catch_exceptions=False)
-    resolved = yaml.safe_load(result.output)
+    resolved = yaml.safe_load(result.stdout)
     assert resolved["train"]["mixing"] == "proportional"
 
 
@@ -208,7 +208,7 @@ def test_module_entry_point_fails_without_a_traceback():
 
 
 def test_unknown_expert_is_named(recipe, tmp_path):
-    runner.invoke(app, ["train", recipe()], catch_exceptions=False)
+    runner.invoke(app, ["train", "--no-report", recipe()], catch_exceptions=False)
     with pytest.raises(ValueError, match=r"unknown expert 'law'; the experts are date, cart"):
         runner.invoke(app, ["generate", str(tmp_path / "out"), "x", "--expert", "law"], catch_exceptions=False)
 

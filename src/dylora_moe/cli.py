@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from .display import colour_by_expert, gradient_table, parameter_table, results_tables, routing_table
+from .display import colour_by_expert, gradient_table, parameter_table, plan_tables, results_tables, routing_table
 
 app = typer.Typer(
     help="Many LoRA experts in one model, routed token by token.",
@@ -41,6 +41,7 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint in the folder.")] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Train in so many processes of this machine.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Train so many experts at the same time (method: staged).")] = 1,
+    report: Annotated[bool, typer.Option(help="Write report.html and the figures beside the checkpoint.")] = True,
     stage: Annotated[str | None, typer.Option(help="Train only this stage of a run that was begun, and stop.")] = None,
 ) -> None:
     """Train a mixture, measure it on held-out examples, save it.
@@ -73,6 +74,8 @@ def train(
         return
     for table in results_tables(results):
         console.print(table)
+    if report:
+        _write_report(Path(results.output))
     same = {True: "identical answers", False: "[red]DIFFERENT answers[/]", None: "not compared"}
     console.print(
         f"Checkpoint: [bold]{results.output}[/] (reloaded: {same[results.reloaded_identical]})", highlight=False
@@ -82,6 +85,15 @@ def train(
     example = next(iter(job.examples_to_try()), "…")
     console.print(f"  dylora-moe generate {results.output} {example!r} --show-routing", highlight=False, soft_wrap=True)
     console.print(f"  dylora-moe inspect {results.output}", highlight=False, soft_wrap=True)
+
+
+def _write_report(folder: Path) -> None:
+    from .training.report import write_report
+
+    try:
+        console.print(f"Report: [bold]{write_report(folder)}[/]", highlight=False, soft_wrap=True)
+    except ImportError as error:  # the training is done; figures can be had later
+        console.print(f"No report: {error} Then: dylora-moe report {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -150,14 +162,23 @@ def report(directory: Annotated[Path, typer.Argument(help="The output folder of 
 
 @recipes.command("check")
 def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None) -> None:
-    """Validate a recipe and print it with every default written out."""
+    """Validate a recipe and its data; print it with every default written out, and what it would train.
+
+    The resolved recipe goes to standard output and can be kept as a file; the plan goes to standard error.
+
+    Example: [bold]dylora-moe recipe check recipes/skills.yaml > resolved.yaml[/]
+    """
     import yaml
 
+    from .training.plan import plan
     from .training.recipe import load_recipe
 
-    resolved = load_recipe(recipe, overrides or []).to_dict()
-    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    loaded = load_recipe(recipe, overrides or [])
+    tables = plan_tables(plan(loaded))
+    text = yaml.safe_dump(loaded.to_dict(), sort_keys=False, allow_unicode=True)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for table in tables:
+        errors.print(table)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from .trace import GradientStats, ParameterReport, RoutingTrace
 
 if TYPE_CHECKING:
     from .training.job import Results
+    from .training.plan import Plan
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 TITLES = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}
@@ -53,6 +54,19 @@ def parameter_table(report: ParameterReport) -> Table:
     for row in report.table():
         table.add_row(row["part"], f"{row['parameters']:,}", f"{row['percent of base']:.2f}")
     return table
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """What a run would train: its parameters, and its stages with their steps and tokens."""
+    stages = Table(title=f"Plan (the router reads the input of layer {plan.router_layer})")
+    stages.add_column("stage", no_wrap=True)
+    for title in ("trainable", "rows / epoch", "steps × rows", "tokens", "base passes"):
+        stages.add_column(title, justify="right")
+    for stage in plan.stages:
+        steps = f"{stage.steps:,} × {stage.rows_per_step:,}"
+        numbers = (f"{stage.trainable:,}", f"{stage.rows:,}", steps, f"{stage.total_tokens:,}", f"{stage.passes:.2f}")
+        stages.add_row(stage.name, *numbers)
+    return [parameter_table(plan.parameters), stages]
 
 
 def routing_table(trace: RoutingTrace) -> Table:

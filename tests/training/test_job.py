@@ -51,6 +51,7 @@ def content(base, tmp_path):
                 "per_device_train_batch_size": 2,
                 "logging_steps": 3,  # not a multiple of the saves
                 "save_steps": 2,
+                "save_total_limit": 10,
                 "learning_rate": 1e-2,
                 "router_learning_rate": 3e-3,
                 "domain_coefficient": 0.1,

@@ -138,7 +138,7 @@ class Job:
         if only is None:
             self.begin(resume)
         else:
-            self._read_data()
+            self.read_data()
         if self.world_size > 1:
             _ = self.arguments(stages[0]).device  # joins the processes
             dist.barrier()
@@ -151,13 +151,13 @@ class Job:
             dist.destroy_process_group()
         if only is not None or not self.is_main:
             return None
-        self._thaw(mixture)
+        self.thaw(mixture)
         return self._finish(mixture)
 
     def begin(self, resume: bool = False) -> None:
         """Read the data and begin the run's folder, or check that the run there can be gone on with."""
         with self._phase("data"):
-            self._read_data()
+            self.read_data()
         if self.is_main:
             self.folder.start(resume)
 
@@ -167,8 +167,8 @@ class Job:
 
     # ------------------------------------------------------------------ data
 
-    def _read_data(self) -> None:
-        """Mistakes in the data show here, before anything is written or a model is loaded."""
+    def read_data(self) -> None:
+        """Read and check all examples: mistakes show here, before anything is written or a model is loaded."""
         if hasattr(self, "tokenizer"):
             return
         self.train, self.test = load_recipe_examples(self.recipe)
@@ -190,7 +190,8 @@ class Job:
         what = f"the {what} data of {name!r}"
         return fit_to_length(examples, self.tokenizer, length, too_long, self.recipe.base.chat, what)
 
-    def _dataset(self, domains: tuple[str, ...]) -> Any:
+    def dataset(self, domains: tuple[str, ...]) -> Any:
+        """The tokenised, mixed training examples of some domains."""
         settings = self.recipe.train
         data = {name: examples for name, examples in self.train.items() if name in domains}
         weights = {name: self.recipe.data[name].weight for name in data}
@@ -260,7 +261,7 @@ class Job:
         trainer = MoETrainer(
             mixture,
             args=arguments,
-            train_dataset=self._dataset(stage.domains),
+            train_dataset=self.dataset(stage.domains),
             eval_dataset=self._tokenised(validation) if validation else None,
             processing_class=self.tokenizer,
             two_phase=settings.two_phase,
@@ -282,7 +283,7 @@ class Job:
     def _bars(self, arguments: SFTConfig, title: str) -> list[TrainerCallback]:
         return [ProgressBar(self.console, title)] if arguments.disable_tqdm and self.is_main else []
 
-    def _thaw(self, mixture: DyLoraMoE) -> None:
+    def thaw(self, mixture: DyLoraMoE) -> None:
         """Leave as frozen only what the recipe froze."""
         for name in mixture.expert_names:
             expert = self.recipe.experts.get(name)
@@ -330,7 +331,7 @@ class Job:
         trainer = SFTTrainer(
             model,
             args=arguments,
-            train_dataset=self._dataset(domains).remove_columns("domain"),
+            train_dataset=self.dataset(domains).remove_columns("domain"),
             processing_class=self.tokenizer,
             callbacks=self._bars(arguments, "single LoRA"),
         )

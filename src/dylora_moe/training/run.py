@@ -13,6 +13,8 @@ from dylora_moe.display import TITLES
 from dylora_moe.files import read_json
 from dylora_moe.plots import Stage
 
+from .run_folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
+
 LOAD = "router/load/"
 
 
@@ -57,19 +59,19 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """What the files of a run hold; only `results.json` must be there."""
-    if not (folder / "results.json").is_file():
+    if not (folder / RESULTS_FILE).is_file():
         raise ValueError(
-            f"{folder / 'results.json'} is missing; give the output folder of a finished run, where `dylora-moe train` "
+            f"{folder / RESULTS_FILE} is missing; give the output folder of a finished run, where `dylora-moe train` "
             "writes it."
         )
     missing: dict[str, str] = {}
-    history = _optional(folder / "history.json", list, missing)
+    history = _optional(folder / HISTORY_FILE, list, missing)
     return Run(
         folder.resolve().name,
-        read_json(folder / "results.json"),
+        read_json(folder / RESULTS_FILE),
         [row for row in history if isinstance(row, dict)],
-        _optional(folder / "recipe.yaml", str, missing),
-        _optional(folder / "environment.json", dict, missing),
+        _optional(folder / RECIPE_FILE, str, missing),
+        _optional(folder / ENVIRONMENT_FILE, dict, missing),
         missing,
     )
 

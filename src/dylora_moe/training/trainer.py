@@ -151,6 +151,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         """The outcome of a training whose last step is in `folder`; Trainer would make one step more."""
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         restore(self.mixture, folder)
+        self._tr_loss = torch.zeros((), device=self.args.device)
         RestoreAverages(self, folder).on_train_begin(self.args, self.state, self.control)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
