@@ -62,7 +62,23 @@ def answer_cart(prompt: str) -> str:
     return "; ".join(bought)
 
 
-ORACLES = {"json": answer_json, "sql": answer_sql, "date": answer_date, "cart": answer_cart}
+def answer_time(prompt: str) -> str:
+    hours = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    minutes = {"five": 5, "ten": 10, "a quarter": 15, "twenty": 20, "twenty-five": 25, "half": 30}
+    (day,) = re.findall(r"[A-Z][a-z]+day", prompt)
+    if found := re.search(r"(\w+) o'clock", prompt):
+        minute = 60 * (hours.index(found[1]) + 1)
+    else:
+        found = re.search(r"(five|ten|a quarter|twenty|twenty-five|half) (past|to) (\w+) in", prompt)
+        assert found, prompt
+        minute = 60 * (hours.index(found[3]) + 1) + minutes[found[1]] * (1 if found[2] == "past" else -1)
+    half_day = 12 * 60
+    minute = minute % half_day + (0 if "in the morning" in prompt else half_day)
+    assert ("in the evening" in prompt) == (minute >= 18 * 60), prompt
+    return f"{day[:3].upper()} {minute // 60:02}:{minute % 60:02}"
+
+
+ORACLES = {"json": answer_json, "sql": answer_sql, "date": answer_date, "cart": answer_cart, "time": answer_time}
 
 
 def test_every_skill_has_an_oracle():
@@ -127,6 +143,7 @@ WORKED_EXAMPLES = {
     ),
     "date": ("Save the date: launch on 3 August 2058.", "2058-08-03"),
     "cart": ("Buy two boxes, five berries and two bananas.", "2 x box; 5 x berry; 2 x banana"),
+    "time": ("The train leaves on Monday at a quarter past seven in the morning.", "MON 07:15"),
 }
 
 

@@ -65,6 +65,8 @@ ITEMS = {
     "tomato": "tomatoes",
 }
 NUMBERS = _words("two three four five six seven eight nine ten eleven twelve")
+WEEKDAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MINUTES = ("o'clock", "five", "ten", "a quarter", "twenty", "twenty-five", "half")  # in steps of five
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,24 @@ def _draw_cart(rng: random.Random) -> tuple[str, str]:
     return rng.choice(prompts), "; ".join(f"{count} x {item}" for count, item in zip(counts, items, strict=True))
 
 
+def _draw_time(rng: random.Random) -> tuple[str, str]:
+    day, hour, minute = rng.choice(WEEKDAYS), rng.randrange(24), rng.randrange(0, 60, 5)
+    hours = (NUMBERS[-1], "one", *NUMBERS[:-1])  # by the hour modulo 12
+    if minute == 0:
+        told = f"{hours[hour % 12]} {MINUTES[0]}"
+    elif minute <= 30:
+        told = f"{MINUTES[minute // 5]} past {hours[hour % 12]}"
+    else:
+        told = f"{MINUTES[12 - minute // 5]} to {hours[(hour + 1) % 12]}"
+    part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
+    prompts = (
+        f"The train leaves on {day} at {told} in the {part}.",
+        f"Wake me on {day} at {told} in the {part}.",
+        f"{day}, {told} in the {part}: call home.",
+    )
+    return rng.choice(prompts), f"{day[:3].upper()} {hour:02}:{minute:02}"
+
+
 def _ordinal_suffix(day: int) -> str:
     return {1: "st", 2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st"}.get(day, "th")
 
@@ -201,5 +221,6 @@ SKILLS: dict[str, Skill] = {
         Skill("sql", "a question as an SQL query", _draw_sql),
         Skill("date", "a written date in ISO 8601", _draw_date),
         Skill("cart", "a shopping list as counted items", _draw_cart),
+        Skill("time", "a spoken time of day on a 24-hour clock", _draw_time),
     )
 }
