@@ -321,6 +321,12 @@ def test_numbers_are_read_as_in_yaml_1_2(text, value):
     assert type(result) is type(value)
 
 
+def test_only_true_and_false_are_no_text():
+    """`eval_strategy: no` is what transformers calls it, and an answer may be `yes`."""
+    recipe = parse_recipe(apply_overrides(minimal(), ["train.eval_strategy=no", "train.packing=True"]))
+    assert recipe.train.arguments == {"eval_strategy": "no", "packing": True}
+
+
 def test_the_shipped_skills_recipe_is_valid():
     recipe = load_recipe(REPOSITORY / "recipes" / "skills.yaml")
     assert len(recipe.experts) == 4
