@@ -235,6 +235,13 @@ def test_every_option_at_once(content, tmp_path):
     assert events[0].stat().st_size > 200
 
 
+def test_checkpointing_is_on_under_either_name(content):
+    for key in ("activation_checkpointing", "gradient_checkpointing"):
+        job = Job(parse_recipe(content(**{key: True})), QUIET)
+        job.read_data()
+        assert job.arguments(job.stages[0]).activation_checkpointing is True
+
+
 # ---------------------------------------------------------------------- resume
 
 

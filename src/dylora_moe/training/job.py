@@ -273,7 +273,10 @@ class Job:
 
     def arguments(self, stage: Stage) -> SFTConfig:
         """The trainer's arguments for a stage."""
-        arguments = {**DEFAULT_ARGUMENTS, **self.recipe.train.arguments}
+        given = self.recipe.train.arguments
+        arguments = {**DEFAULT_ARGUMENTS, **given}
+        if "gradient_checkpointing" in given:  # the older name, which our default for the newer one would outdo
+            arguments = {**arguments, "activation_checkpointing": given["gradient_checkpointing"], **given}
         arguments.setdefault("max_length", None if arguments.get("padding_free") else self.context)
         arguments.setdefault("use_cpu", not torch.accelerator.is_available())
         if stage.steps is not None:
