@@ -62,12 +62,12 @@ def train(
     loaded = load_recipe(recipe, overrides)
     main_process = os.environ.get("RANK", "0") == "0"
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        launch.processes(launch.arguments(recipe, overrides, resume, stage), num_processes)
+        launch.processes(launch.arguments(recipe, overrides, resume, report, stage), num_processes)
         return
     job = Job(loaded, console if main_process else Console(quiet=True))
     if jobs > 1:
         job.begin(resume)
-        launch.stages(job, launch.arguments(recipe, overrides, True, None), jobs, console)
+        launch.stages(job, launch.arguments(recipe, overrides, resume=True), jobs, console)
         resume = True
     results = job.run(resume, stage)
     if results is None:

@@ -8,26 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
-from dylora_moe.training import launch
-from dylora_moe.training.checkpoints import EXEMPT_FROM_RESUME, Interrupted
 from dylora_moe.training.job import Job
 from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
 from dylora_moe.training.run_folder import differences
 from dylora_moe.training.schema import RecipeError
 from dylora_moe.training.stages import stages_of
+from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
 from tinybase import save_tiny_base
-
-QUIET = Console(quiet=True)
-STAGED = {"method": "staged", "expert_steps": 4, "router_steps": 4, "joint_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,59 +30,8 @@ def base(tmp_path_factory) -> str:
 
 @pytest.fixture
 def content(base, tmp_path):
-    """A recipe as plain values; keyword arguments replace keys of `train`."""
-
-    def make(name="run", **train) -> dict:
-        return {
-            "base": {"model": base},
-            "experts": {
-                "date": {"data": {"skill": "date", "train": 16, "test": 2}},
-                "cart": {"data": {"skill": "cart", "train": 16, "test": 2}},
-            },
-            "mixture": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.2},
-            "train": {
-                "per_device_train_batch_size": 2,
-                "logging_steps": 3,  # not a multiple of the saves
-                "save_steps": 2,
-                "save_total_limit": 10,
-                "learning_rate": 1e-2,
-                "router_learning_rate": 3e-3,
-                "domain_coefficient": 0.1,
-                **train,
-            },
-            "eval": {"metric": "loss", "batch_size": 2},
-            "output": str(tmp_path / name),
-        }
-
-    return make
-
-
-def run(content: dict, **options) -> Job:
-    job = Job(parse_recipe(content), QUIET)
-    job.run(**options)
-    return job
-
-
-def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Everything that a run trained."""
-    found = {}
-    for name in ("date/adapter_model", "cart/adapter_model", "router"):
-        file = Path(folder) / f"{name}.safetensors"
-        found |= {f"{name}/{key}": value for key, value in load_file(file).items()}
-    return found
-
-
-def history(folder: str | Path) -> list[dict]:
-    rows = json.loads((Path(folder) / "history.json").read_text())
-    return [{k: v for k, v in row.items() if k not in EXEMPT_FROM_RESUME} for row in rows]
-
-
-def assert_same_run(one: str | Path, other: str | Path) -> None:
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, theirs[key]), key
-    assert history(one) == history(other)
+    """A recipe as plain values; keyword arguments are keys of `train`."""
+    return lambda name="run", **train: small_recipe(base, tmp_path / name, **train)
 
 
 # ---------------------------------------------------------------------- stages
@@ -249,8 +191,7 @@ def test_checkpointing_is_on_under_either_name(content):
 def test_killed_and_resumed_equals_uninterrupted_bitwise(content, tmp_path, train):
     """kill -9 at a moment that nobody chose, three times, through the command line."""
     run(content("whole", **train))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("cut", **train), sort_keys=False))
+    file = write(content("cut", **train), tmp_path / "recipe.yaml")
     command = [sys.executable, "-m", "dylora_moe", "train", str(file)]
     folder, kills = tmp_path / "cut", 0
     for attempt in range(9):
@@ -351,50 +292,3 @@ def test_differences_name_the_leaves():
         "a.c was 2, is 3",
         "d was None, is 4",
     ]
-
-
-# ---------------------------------------------------------------------- other processes
-
-
-def test_experts_can_be_trained_at_the_same_time(content, tmp_path):
-    run(content("whole", **STAGED))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("apart", **STAGED), sort_keys=False))
-    job = Job(load_recipe(file), QUIET)
-    job.begin()
-    launch.stages(job, launch.arguments(file, [], True, None), 2, QUIET)
-    done = sorted(folder.parent.name for folder in (tmp_path / "apart" / "stages").glob("*/complete"))
-    assert done == ["expert-cart", "expert-date"]
-    Job(load_recipe(file), QUIET).run(resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "apart")
-
-
-def test_a_failed_stage_names_its_log(content, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content("apart", **STAGED), sort_keys=False))
-    job = Job(load_recipe(file), QUIET)
-    job.begin()
-    with pytest.raises(launch.LaunchError, match=r"expert-date.*log\.txt.*--resume"):
-        launch.stages(job, ["no-such-command"], 2, QUIET)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_reach_the_trainer(content, tmp_path, number):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content(max_steps=5000, save_steps=5000), sort_keys=False))
-    child = subprocess.Popen(
-        [sys.executable, "-m", "dylora_moe", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if b"joint 3/" in line:
-            break
-    child.send_signal(number)
-    message = child.communicate()[1].decode()
-    assert child.returncode == 128 + number, message
-    assert "--resume" in message
-    assert len(list((tmp_path / "run").glob("stages/joint/checkpoint-*/complete"))) == 1
-
-
-def test_interrupted_says_how_to_go_on(content, tmp_path):
-    assert "--resume" in str(Interrupted(signal.SIGTERM, "x"))

@@ -166,13 +166,19 @@ def test_forced_domains_equal_each_expert_alone(tmp_path):
 
 
 def test_domain_loss_teaches_the_router(tmp_path):
+    """Separable domains: at least 98 % of the tokens go to the right expert, prompts seen or not."""
+    words = {"a": ("sum", "add", "plus"), "b": ("LIST", "SORT", "HEAD")}
     rows = [
-        {"prompt": p * 4, "completion": " ok", "domain": d} for p, d in (("sum ", "a"), ("LIST", "b")) for _ in range(8)
+        {"prompt": f"{word} {i} {word}", "completion": " ok", "domain": domain}
+        for domain, several in words.items()
+        for word in several
+        for i in range(6)
     ]
     model = mixture()
+    options = {"max_steps": 60, "per_device_train_batch_size": 12, "learning_rate": 1e-3, "logging_steps": 60}
     trainer = MoETrainer(
         model,
-        args=arguments(tmp_path, max_steps=30, per_device_train_batch_size=8, learning_rate=1e-3),
+        args=arguments(tmp_path, **{**options, "train_sampling_strategy": "random"}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
         domain_coefficient=1.0,
@@ -180,10 +186,17 @@ def test_domain_loss_teaches_the_router(tmp_path):
     )
     trainer.train()
     model.eval()
+    model.moe_config.top_k = 1
     tokenizer = tiny_tokenizer()
-    for prompt, column in (("sum sum", 0), ("LISTLIST", 1)):
-        weights = model(**tokenizer(prompt, return_tensors="pt")).routing_weights
-        assert (weights[0, :, column] > 0.9).float().mean() >= 0.9
+    right, total = 0, 0
+    for column, several in enumerate(words.values()):
+        for word in several:
+            for number in (23, 51):  # not among the training rows
+                weights = model(**tokenizer(f"{word} {number} {word}", return_tensors="pt")).routing_weights[0]
+                own = weights[:, column]
+                right, total = right + int((own == 1).sum()), total + len(own)
+    assert total > 80
+    assert right / total >= 0.98
 
 
 def test_router_has_its_own_learning_rate(tmp_path):
@@ -230,6 +243,13 @@ def test_training_leaves_the_base_as_it_was(tmp_path):
     assert model._records is None
     bare = model.unload()
     assert all(torch.equal(value, before[name]) for name, value in bare.state_dict().items())
+
+
+def test_mixed_precision_ends_with_the_training(tmp_path):
+    model = mixture()
+    one_step(tmp_path, model, {"bf16": True, "use_cpu": True})
+    assert "forward" not in model.__dict__
+    assert "_original_forward" not in model.__dict__
 
 
 def test_domains_are_checked(tmp_path):

@@ -27,10 +27,13 @@ class LaunchError(ValueError):
     """A process that was started failed."""
 
 
-def arguments(recipe: Path, overrides: Iterable[str], resume: bool, stage: str | None) -> list[str]:
+def arguments(
+    recipe: Path, overrides: Iterable[str], resume: bool = False, report: bool = True, stage: str | None = None
+) -> list[str]:
     """The command line's arguments for a process that runs the same recipe."""
     options = [part for override in overrides for part in ("--set", override)]
     options += ["--resume"] if resume else []
+    options += [] if report else ["--no-report"]
     options += ["--stage", stage] if stage else []
     return ["train", str(recipe), *options]
 
@@ -45,7 +48,11 @@ def processes(command: list[str], count: int) -> None:
         SystemExit: with 128 + the signal's number, once the ranks have stopped after a signal.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP would wonder in every process about unused parameters
+        **os.environ,
+    }
     child = subprocess.Popen([*torchrun, "-m", "dylora_moe", *command], env=environment, start_new_session=True)
     with _passing_signals(lambda: psutil.Process(child.pid).children()) as received:
         code = child.wait()

@@ -266,7 +266,8 @@ def _check_library_fields(
     check_keys(values, fields | set(own), path)
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        check_value(value, hints[key], join(path, key))
+        if not (key == "fsdp" and value is True):  # allowed, though its type hint says otherwise
+            check_value(value, hints[key], join(path, key))
 
 
 def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:

@@ -51,7 +51,7 @@ from .distributed import (
     times_processes,
 )
 from .schedule import TwoPhase
-from .token_means import TokenWeightedEvaluation, unwrap_head
+from .token_means import TokenWeightedEvaluation, unwrap_autocast, unwrap_head
 
 
 class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
@@ -143,6 +143,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
                 self.remove_callback(StopOnSignal)
                 self.remove_callback(RestoreAverages)
                 unwrap_head(self.mixture)
+                unwrap_autocast(self.mixture)
         if stop.received is not None:
             raise Interrupted(stop.received, str(self.args.output_dir))
         return result
