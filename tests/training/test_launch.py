@@ -127,3 +127,27 @@ def test_a_failed_stage_names_its_log(content, tmp_path):
     job.begin()
     with pytest.raises(launch.LaunchError, match=r"expert-date.*log\.txt.*--resume"):
         launch.stages(job, ["no-such-command"], 2, QUIET)
+
+
+@pytest.mark.parametrize(("visible", "given"), [(None, ["0", "1"]), ("4,7", ["4", "7"]), ("", ["", ""])])
+def test_stages_at_the_same_time_have_a_device_each(content, tmp_path, monkeypatch, visible, given):
+    """Two GPUs; the processes that would use them are not started."""
+    environments = []
+
+    class Ended:
+        pid = returncode = 0
+
+        def __init__(self, *command, env, **options):
+            environments.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def poll(self):
+            return 0
+
+    job = Job(load_recipe(write(content("apart", **STAGED), tmp_path / "recipe.yaml")), QUIET)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch.subprocess, "Popen", Ended)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    launch.stages(job, [], 2, QUIET)
+    assert environments == given

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import torch
 from rich.console import Console
 
 from .run_folder import is_finished
@@ -76,7 +77,9 @@ def stages(job: Job, command: list[str], count: int, console: Console) -> None:
         return
     slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else []
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every)
+    devices = visible.split(",") if visible else []
     with _passing_signals(lambda: [psutil.Process(child.pid) for _, child in slots.values()]) as received:
         while slots or (waiting and not received):
             for slot in set(range(count)) - set(slots):
