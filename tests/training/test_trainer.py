@@ -269,6 +269,18 @@ def test_domains_are_checked(tmp_path):
         ).train()
 
 
+def test_a_process_trains_on_one_device(tmp_path, caplog):
+    """Of two that Trainer sees, and would put into threads of `nn.DataParallel`."""
+    settings = arguments(tmp_path, use_cpu=True)
+    assert settings.n_gpu < 2
+    settings._n_gpu = 2
+    rows = Dataset.from_list(ROWS)
+    trainer = MoETrainer(mixture(), args=settings, train_dataset=rows, processing_class=tiny_tokenizer())
+    assert trainer.args.n_gpu == 1
+    assert trainer._train_batch_size == settings.per_device_train_batch_size
+    assert "--num-processes" in caplog.text
+
+
 def test_trainer_refuses_other_models(tmp_path):
     with pytest.raises(TypeError, match="use SFTTrainer"):
         MoETrainer(tiny_base(), args=arguments(tmp_path))

@@ -5,6 +5,7 @@ DDP and FSDP2 start by torchrun or `accelerate launch`; see recipes/accelerate.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from dylora_moe.model import DyLoraMoE
 
     from .trainer import MoETrainer
+
+logger = logging.getLogger(__name__)
 
 
 def several_processes() -> bool:
@@ -109,6 +112,16 @@ def fsdp_on_cpu(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         state["distributed_type"] = kind
+
+
+def one_device(args: TrainingArguments) -> None:
+    """Train on one device per process; Trainer's `nn.DataParallel` would share one routing among its threads."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d devices are visible, and a process trains on one of them; start more with --num-processes or torchrun.",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
 
 
 def check_processes(trainer: MoETrainer) -> None:

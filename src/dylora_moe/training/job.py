@@ -26,6 +26,7 @@ from .build import build_mixture, load_base, load_tokenizer, single_lora_config
 from .callbacks import ProgressBar
 from .checkpoints import last_complete
 from .data import Example, TooLong, fit_to_length, mix, to_dataset
+from .distributed import one_device
 from .measure import Measurement
 from .recipe import Recipe
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
@@ -331,6 +332,7 @@ class Job:
         steps = [stage.steps for stage in self.stages if stage.steps is not None]
         stage = Stage("single", (), False, domains, sum(steps) if steps else None)
         arguments = self.arguments(stage)
+        one_device(arguments)
         trainer = SFTTrainer(
             model,
             args=arguments,

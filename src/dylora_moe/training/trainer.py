@@ -46,6 +46,7 @@ from .distributed import (
     fsdp_on_cpu,
     load_optimizer,
     mean_over_processes,
+    one_device,
     save_optimizer,
     shard_router,
     times_processes,
@@ -105,6 +106,8 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
             arguments.data_seed = arguments.seed  # else the order of the data hangs on whoever seeded torch last
         if arguments is not None and arguments.eval_packing is None:
             arguments.eval_packing = False  # the rows of an evaluation are weighted one by one
+        if arguments is not None:
+            one_device(arguments)
         super().__init__(model, *args, **kwargs)
         check_processes(self)
         model.touch_all_experts = self.is_fsdp_enabled or self.is_deepspeed_enabled
