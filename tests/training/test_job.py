@@ -116,6 +116,7 @@ def test_expert_method_goes_on_with_one_expert_of_a_mixture(content, tmp_path):
         assert torch.equal(value, after[key]) == (not key.startswith("cart")), key
     model = DyLoraMoE.from_pretrained(str(tmp_path / "second"))
     assert model.moe_config.top_k == 1
+    assert not model._frozen_experts  # what the recipe does not name is as it was, for the next training as well
 
 
 def test_a_started_mixture_gains_an_expert(content, tmp_path, base):

@@ -63,9 +63,8 @@ def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
         config = recipe.mixture_config()
         sources = {n: e.adapter or config.expert_config(**e.lora) for n, e in recipe.experts.items()}
         mixture = DyLoraMoE.from_adapters(base, sources, config)
-    for name in mixture.expert_names:
-        expert = recipe.experts.get(name)
-        if expert is None or expert.frozen:
+    for name, expert in recipe.experts.items():
+        if expert.frozen:
             mixture.freeze_expert(name)
         else:
             mixture.unfreeze_expert(name)

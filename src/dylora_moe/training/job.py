@@ -33,7 +33,7 @@ from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, 
 from .schedule import TemperatureSchedule
 from .sections import MIXING_TEMPERATURE
 from .sources import load_recipe_examples
-from .stages import Stage, stages_of
+from .stages import Stage, stages_of, thaw
 from .trainer import MoETrainer
 
 DEFAULT_ARGUMENTS = {
@@ -152,7 +152,7 @@ class Job:
             dist.destroy_process_group()
         if only is not None or not self.is_main:
             return None
-        self.thaw(mixture)
+        thaw(mixture, self.frozen)
         return self._finish(mixture)
 
     def begin(self, resume: bool = False) -> None:
@@ -213,7 +213,9 @@ class Job:
     def _build(self) -> DyLoraMoE:
         base = load_base(self.recipe)
         set_seed(self.recipe.seed)
-        return build_mixture(self.recipe, base)
+        mixture = build_mixture(self.recipe, base)
+        self.frozen = set(mixture._frozen_experts)
+        return mixture
 
     def _run_stage(self, mixture: DyLoraMoE, stage: Stage, resume: bool) -> DyLoraMoE:
         """Train a stage, or take over what it trained before; the mixture with its outcome."""
@@ -286,14 +288,6 @@ class Job:
 
     def _bars(self, arguments: SFTConfig, title: str) -> list[TrainerCallback]:
         return [ProgressBar(self.console, title)] if arguments.disable_tqdm and self.is_main else []
-
-    def thaw(self, mixture: DyLoraMoE) -> None:
-        """Leave as frozen only what the recipe froze."""
-        for name in mixture.expert_names:
-            expert = self.recipe.experts.get(name)
-            if expert is not None and not expert.frozen:
-                mixture.unfreeze_expert(name)
-        mixture.router.requires_grad_(True)
 
     # ------------------------------------------------------------------ measuring
 

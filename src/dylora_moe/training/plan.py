@@ -15,6 +15,7 @@ from dylora_moe.trace import ParameterReport
 from .build import base_name, build_mixture
 from .job import Job
 from .recipe import Recipe
+from .stages import thaw
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
     config = AutoConfig.from_pretrained(resolve_base(base_name(recipe)))
     with torch.device("meta"):
         mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config))
-    stages = []
+    frozen, stages = set(mixture._frozen_experts), []
     for stage in job.stages:
         arguments = job.arguments(stage)
         stage.set_trainable(mixture)
@@ -80,5 +81,5 @@ def plan(recipe: Recipe) -> Plan:
         trainable = mixture.parameter_report().trainable
         passes = mixture.passes_per_step if stage.router else 1.0
         stages.append(StagePlan(stage.name, trainable, rows, tokens, steps, batch, passes))
-    job.thaw(mixture)
+    thaw(mixture, frozen)
     return Plan(mixture.parameter_report(), mixture.router_layer, stages)

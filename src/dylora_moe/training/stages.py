@@ -39,6 +39,14 @@ class Stage:
             mixture.start_routing()
 
 
+def thaw(mixture: DyLoraMoE, frozen: set[str]) -> None:
+    """Undo `Stage.set_trainable`: only the experts in `frozen` stay frozen."""
+    for name in mixture.expert_names:
+        if name not in frozen:
+            mixture.unfreeze_expert(name)
+    mixture.router.requires_grad_(True)
+
+
 def stages_of(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in the order they run."""
     train = recipe.train
