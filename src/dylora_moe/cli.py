@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from . import __version__
 from .display import colour_by_expert, gradient_table, parameter_table, plan_tables, results_tables, routing_table
 
 app = typer.Typer(
@@ -26,6 +27,22 @@ recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=
 app.add_typer(recipes, name="recipe")
 console = Console(stderr=False)
 errors = Console(stderr=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"dylora-moe {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. train.max_steps=5.")

@@ -31,6 +31,10 @@ CASES = [
     (recipe(train={"eval_strategy": "steps"}), r"^train\.eval_strategy: .*train\.validation"),
     (recipe(train={"validation": 3}), r"^train\.validation: .*eval_strategy"),
     (recipe(train={"early_stopping_patience": 3}), r"^train\.early_stopping_patience: .*load_best_model_at_end"),
+    (
+        recipe(train={"report_to": ["tensorboard", "swanlab"]}),
+        r"^train\.report_to: swanlab is not .*install swanlab",
+    ),
     (recipe(experts={"a": {"data": DATA, "frozen": True}}), r"^experts: none has data and may be trained"),
     (recipe(experts={"a": {}}, train={"method": "router"}), r"^train\.method: the router learns from examples"),
     (recipe(experts={"a": {"data": DATA}, "b": {}}, train={"method": "expert", "expert": "b"}), r"^experts\.b: "),

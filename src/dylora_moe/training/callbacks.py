@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +27,8 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console, title: str = "training"):
         self.console, self.title = console, title
         self.progress: Progress | None = None
-        self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.started = time.perf_counter()
         if not self.console.is_terminal:
             return
         self.progress = Progress(
@@ -56,9 +53,8 @@ class ProgressBar(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         numbers = [f"{label} {float(logs[key]):.3f}" for key, label in SHOWN.items() if key in logs]
-        if "num_tokens" in logs:
-            speed = float(logs["num_tokens"]) / max(time.perf_counter() - self.started, 1e-9)
-            numbers.append(f"{speed:,.0f} tok/s")
+        if "tokens_per_second" in logs:
+            numbers.append(f"{float(logs['tokens_per_second']):,.0f} tok/s")
         text = "  ".join(numbers)
         if self.progress is not None:
             self.progress.update(self.task, completed=state.global_step, numbers=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,9 @@ from .schema import RecipeError
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+INTEGRATIONS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab", "dvclive", "clearml")
+"""Values of `report_to` whose package has the same name."""
 
 
 def check_combinations(recipe: Recipe) -> None:
@@ -29,6 +33,7 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
     )
     evaluates = arguments.get("eval_strategy", "no") != "no"
     trained = [name for name in recipe.data if not recipe.experts[name].frozen]
+    missing = _missing_integrations(arguments.get("report_to"))
     fsdp = arguments.get("fsdp_config") or {}
     fsdp = fsdp if isinstance(fsdp, dict) else {}
     return [
@@ -86,6 +91,11 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "it needs train.eval_strategy and train.load_best_model_at_end: true.",
         ),
         (
+            "train.report_to",
+            missing,
+            f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}.",
+        ),
+        (
             "experts",
             train.method == "joint" and not trained,
             "none has data and may be trained. Give an expert `data`, or use `method: router`.",
@@ -111,6 +121,12 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "a single LoRA trained from nothing is no fair match for experts that were trained before.",
         ),
     ]
+
+
+def _missing_integrations(report_to: Any) -> list[str]:
+    """The packages that `report_to` names and that are not there; unknown names are left to transformers."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    return [name for name in names if name in INTEGRATIONS and importlib.util.find_spec(name) is None]
 
 
 def _zero_stage(config: Any) -> int | None:
