@@ -1,5 +1,23 @@
-"""`python -m dylora_moe` is `dylora-moe`."""
+"""`python -m dylora_moe` is `dylora-moe`; so is each rank that torchrun or `accelerate launch` starts."""
+
+import os
+import sys
 
 from .cli import main
 
-main()
+
+def run() -> None:
+    """Run the command line; a rank of several leaves by `leave_rank`."""
+    code: object = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = stopped.code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from .training.distributed import leave_rank
+
+        leave_rank(code)
+    sys.exit(code)  # pyright: ignore[reportArgumentType]
+
+
+run()

@@ -20,6 +20,7 @@ from trl import SFTConfig
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.sharding import gather, is_sharded, whole
 from dylora_moe.training.checkpoints import Interrupted, last_complete, restore
+from dylora_moe.training.distributed import leave_rank
 from dylora_moe.training.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 
@@ -197,6 +198,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
     dist.destroy_process_group()
+    leave_rank()
 
 
 if __name__ == "__main__":

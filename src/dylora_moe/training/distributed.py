@@ -5,13 +5,15 @@ DDP and FSDP2 start by torchrun or `accelerate launch`; see recipes/accelerate.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +37,18 @@ logger = logging.getLogger(__name__)
 def several_processes() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def leave_rank(code: object = 0) -> NoReturn:
+    """End a rank with the exit code `code`, after what is registered for the end, without ending the interpreter.
+
+    Gloo's threads may outlive `destroy_process_group`. One that frees a tensor while the interpreter ends
+    aborts the process, whereupon torchrun kills the ranks that are still at work.
+    """
+    atexit._run_exitfuncs()  # wandb and others end their runs there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def mean_over_processes(values: Tensor, mask: Tensor | None) -> Tensor:
