@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dylora_moe.layers
 from dylora_moe import DyLoraMoE, MoELoraConfig
 
 
@@ -85,11 +84,11 @@ def variants(args: argparse.Namespace) -> dict[str, tuple[Any, Callable[[], torc
 
     def loop_of(model: Any) -> Callable[[], torch.Tensor]:
         def step() -> torch.Tensor:
-            fast, dylora_moe.layers.dense_form = dylora_moe.layers.dense_form, lambda *_: None
+            model.moe_config.mixing_form = "reference"
             try:
                 return model(input_ids=ids, labels=ids).loss
             finally:
-                dylora_moe.layers.dense_form = fast
+                model.moe_config.mixing_form = "auto"
 
         return step
 

@@ -11,6 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from .mixing import FORMS
 from .routing import BALANCE_LOSSES
 
 ROUTER_TYPES = ("mlp", "linear")
@@ -26,6 +27,8 @@ CHANGEABLE = {
     "balance_loss",
     "balance_coefficient",
     "z_loss_coefficient",
+    "mixing_form",
+    "recompute_shrink",
 }
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _RESERVED_NAMES = {"base", "default", "weight", "bias"}
@@ -52,6 +55,10 @@ class MoELoraConfig(LoraConfig):
         balance_loss: `"uniform_mse"`, `"switch"` (Switch Transformer, arXiv 2101.03961, eq. 4) or `"none"`.
         balance_coefficient: weight of the balance loss in `aux_loss`.
         z_loss_coefficient: weight of mean(logsumexp(logits)²) in `aux_loss` (ST-MoE, arXiv 2202.08906, eq. 5).
+        mixing_form: how the layers compute the mixture: `"auto"` chooses by shapes; `"dense"`, and with top-k
+            `"grouped"` or `"gathered"`, force one where it can serve the layer; `"reference"` is the plain loop. All
+            are exact.
+        recompute_shrink: compute x·Aᵀ again in the backward pass instead of keeping it: less memory, a little slower.
 
     Raises:
         ValueError: a value outside its range; the message names the value and the remedy.
@@ -70,6 +77,8 @@ class MoELoraConfig(LoraConfig):
     balance_loss: str = "uniform_mse"
     balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
+    mixing_form: str = "auto"
+    recompute_shrink: bool = False
     task_type: Any = field(default="CAUSAL_LM")
 
     def __post_init__(self):
@@ -138,6 +147,7 @@ class MoELoraConfig(LoraConfig):
         _check_choice("router_type", self.router_type, ROUTER_TYPES)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("balance_loss", self.balance_loss, (*BALANCE_LOSSES, "none"))
+        _check_choice("mixing_form", self.mixing_form, FORMS)
         if not (_is_int(self.router_hidden_size) and self.router_hidden_size > 0):
             raise ValueError(f"router_hidden_size={self.router_hidden_size!r}: a positive integer is needed.")
         if not (_is_finite(self.temperature) and self.temperature > 0):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import MoELoraConfig, check_expert_name, check_mixable
-from .layers import KeepRouting
+from .recompute import KeepRouting
 from .sharding import shard_like
 from .trace import ParameterReport, parameter_report
 

@@ -9,10 +9,9 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, O out, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -23,65 +22,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import check_mixable
-from .mixing.align import align_weights
-from .mixing.dense import DenseMixture, compute_dtype, dense_mixture, expand, pack
-from .mixing.reference import reference_mixture
-from .request import CallLock, check_weights, input_shape
+from .holder import Routing
+from .mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, reference_mixture
+from .mixing.member import LayerExperts, Member, remember
+from .recompute import keep_routing_in_checkpoints
+from .request import check_weights, input_shape
 
-
-@dataclass
-class Routing:
-    """What is in force right now, shared by all routed layers of a model.
-
-    Attributes:
-        names: the experts that the columns of `weights` belong to.
-        weights: `[B, S or 1, E]`, or None if no mixing is in force.
-        forced: PEFT's own forward with exactly these adapters active ([] for the base), or None.
-        packed: concatenated matrices by layer, dtype and experts, for the length of one `generate` call; None outside.
-            They can not outlive it, so no optimizer step, load or `.data` write can make them stale.
-        reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
-        lock: held by the thread whose routing is in force; threads that share a model take turns.
-    """
-
-    names: tuple[str, ...] = ()
-    weights: Tensor | None = None
-    forced: list[str] | None = None
-    packed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
-    reached: dict[str, int] | None = None
-    lock: CallLock = field(default_factory=CallLock, repr=False)
-
-    @property
-    def in_force(self) -> bool:
-        """Whether layers must do anything but call PEFT's own forward."""
-        return self.weights is not None or self.forced is not None
-
-    def mix(self, names: tuple[str, ...], weights: Tensor) -> None:
-        """Put weights `[B, S or 1, E]` in force."""
-        self.names, self.weights, self.forced = names, weights, None
-
-    def force(self, names: list[str]) -> None:
-        """Put PEFT's own forward with the adapters `names` in force; [] is the base."""
-        self.names, self.weights, self.forced = (), None, names
-
-    def reset(self) -> None:
-        """Nothing is in force."""
-        self.names, self.weights, self.forced = (), None, None
-
-    @contextmanager
-    def restored(
-        self, state: tuple[tuple[str, ...], Tensor | None, list[str] | None], reached: dict[str, int] | None
-    ) -> Iterator[None]:
-        """Put an earlier `state` in force for the length of a block (a checkpointed layer), counting in `reached`."""
-        before, counts = self.state(), self.reached
-        (self.names, self.weights, self.forced), self.reached = state, reached
-        try:
-            yield
-        finally:
-            (self.names, self.weights, self.forced), self.reached = before, counts
-
-    def state(self) -> tuple[tuple[str, ...], Tensor | None, list[str] | None]:
-        """What is in force, to be restored later."""
-        return self.names, self.weights, self.forced
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+"""Names of modules of one parent that are usually fed by the same input; whether they are is checked at every call."""
 
 
 class RoutedLayer:
@@ -110,42 +58,28 @@ class RoutedLayer:
             if not layer.merged:
                 return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             weights = x.new_ones(1, 1, len(names), dtype=torch.float32)
-        present = carried(layer, names)
-        weights = weights.to(x.device)  # layers may sit on several devices
-        mixture = None if args or kwargs or layer.merged else dense_form(layer, names, present)
-        if mixture is None:
-            return reference_mixture(layer, x, weights, names, **kwargs)
-        if not present:
-            return layer.base_layer(x)
-        return self._mix(layer, x, weights, mixture, present)
+        elif not (args or kwargs):
+            ready = routing.ready
+            if ready is not None and ready[0] is x and self.routing_name in ready[1]:
+                return ready[1].pop(self.routing_name)
+            group = self._group(names)
+            if group is not None:
+                return mix_group(group, x, routing) if group.members else layer.base_layer(x)
+        return reference_mixture(layer, x, weights.to(x.device), names, **kwargs)
 
-    def _mix(self, layer: Any, x: Tensor, weights: Tensor, mixture: DenseMixture, present: list[str]) -> Tensor:
-        gates = align_weights(weights, x.shape[:-1])
-        flat_gates = gates.expand(*x.shape[:-1], gates.shape[-1]).flatten(0, -2)
-        flat = x.flatten(0, -2)
-        weight, bias = plain_base(layer)
-        lora_A = [layer.lora_A[name].weight for name in present]
-        lora_B = [layer.lora_B[name].weight for name in present]
-        packed = self.routing.packed
-        if packed is not None and not torch.is_grad_enabled() and not mixture.dropout:
-            dtype = compute_dtype(flat)
-            key = (self.routing_name, dtype, *present)
-            if key not in packed:
-                packed[key] = pack(lora_A, lora_B, dtype)
-            A, B = packed[key]
-            y = expand(
-                flat, weight, bias, nn.functional.linear(flat.to(dtype), A) * mixture.gates(flat_gates, dtype), B
-            )
-        else:
-            y = dense_mixture(flat, weight, bias, flat_gates, mixture, lora_A, lora_B)
-        y = y.unflatten(0, x.shape[:-1])
-        if weight is None:
-            y = layer.base_layer(x) + y
-        biases = [layer.lora_B[name].bias for name in present]
-        for column, scaling, lora_bias in zip(mixture.columns, mixture.scalings, biases, strict=True):
-            if lora_bias is not None:
-                y = y + (gates[..., column, None] * (scaling * lora_bias)).to(y.dtype)
-        return y
+    def _group(self, names: tuple[str, ...]) -> Group | None:
+        """This layer and those fed by the same input, as far as fast forms serve them; None if not even this one."""
+        routing = self.routing
+        packed = None if torch.is_grad_enabled() else routing.packed
+        key = (self.routing_name, names, cast(nn.Module, self).training)
+        if packed is not None and key in packed:
+            return packed[key]
+        group = None
+        if routing.form != "reference":
+            group = group_of(cast(LoraLayer, self), names, routing)
+        if packed is not None:
+            packed[key] = group
+        return group
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare_instance, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
@@ -156,21 +90,99 @@ def carried(layer: LoraLayer, names: Any) -> list[str]:
     return [name for name in names if name in layer.lora_A or name in layer.lora_embedding_A]
 
 
-def dense_form(layer: LoraLayer, names: tuple[str, ...], present: list[str]) -> DenseMixture | None:
-    """The two-GEMM form of a layer's experts, or None where only the reference loop is exact."""
-    if layer.lora_embedding_A or any(name in layer.lora_variant for name in present):
+class Group(NamedTuple):
+    """Layers fed by the same input, ready for the fast forms.
+
+    Attributes:
+        layers: the layers; the first is the one that was called first.
+        members: what the forms need to know of each; none where the layers carry none of the experts in force.
+        packed: what a form keeps of the members' matrices for the length of one `generate` call.
+    """
+
+    layers: list[Any]
+    members: list[Member]
+    packed: dict[Hashable, Any]
+
+
+def group_of(layer: Any, names: tuple[str, ...], routing: Routing) -> Group | None:
+    """The group that `layer` leads with the experts `names`; None where only the loop is exact."""
+    first = member_of(layer, names)
+    if first is None:
         return None
-    drops = [cast(nn.ModuleDict, layer.lora_dropout)[name] for name in present]
+    group = Group([layer], [first] if first.experts.columns else [], {})
+    if first.weight is None or not group.members:
+        return group
+    for name in routing.siblings.get(layer.routing_name, ()):
+        other = routing.layers[name]
+        member = None if other is layer else member_of(other, names)
+        if member is None or member.weight is None or not member.experts.columns:
+            continue
+        if member.experts.dropout == first.experts.dropout and member.weight.device == first.weight.device:
+            group.layers.append(other)
+            group.members.append(member)
+    return group
+
+
+def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
+    """What the fast forms need to know of a layer, or None where only the reference loop is exact."""
+    if layer.merged or layer.disable_adapters or layer.lora_embedding_A:
+        return None
+    present = carried(layer, names)
+    if any(name in layer.lora_variant for name in present):
+        return None
+    drops = [layer.lora_dropout[name] for name in present]
     rates = {drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in drops}
     if len(rates) > 1:  # experts with different dropout need a mask each
         return None
-    lora_A = cast(Any, layer.lora_A)
-    return DenseMixture(
+    lora_A = [layer.lora_A[name].weight for name in present]
+    experts = LayerExperts(
         columns=tuple(names.index(name) for name in present),
-        ranks=tuple(int(lora_A[name].weight.shape[0]) for name in present),
+        ranks=tuple(int(A.shape[0]) for A in lora_A),
         scalings=tuple(layer.scaling[name] for name in present),
         dropout=rates.pop() if rates else 0.0,
     )
+    weight, bias = plain_base(layer)
+    return Member(experts, weight, bias, lora_A, [layer.lora_B[name].weight for name in present])
+
+
+def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
+    """The output of the group's first layer; those of the others wait in `routing.ready` for their own calls."""
+    layers, members, packed = group
+    flat, leading = x.flatten(0, -2), x.shape[:-1]
+    memo = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else routing.memo
+    weights = remember(memo, ("weights", leading, x.device), lambda: routing.weights_for(leading, x.device))
+    form = choose(routing.form, flat, members, len(routing.names), routing.active)
+    keep = None if routing.packed is None or torch.is_grad_enabled() else packed
+    if form == "gathered":
+        outputs = gathered_mixture(flat, weights, members, cast(int, routing.active), keep, memo)
+    elif form == "grouped":
+        active = cast(int, routing.active)
+        outputs = grouped_mixture(flat, weights, members, active, routing.recompute_shrink, keep, memo)
+    else:
+        outputs = dense_mixture(flat, weights, members, routing.recompute_shrink, keep, memo)
+    outputs = [y.unflatten(0, leading) for y in outputs]
+    if members[0].weight is None:
+        outputs[0] = layers[0].base_layer(x) + outputs[0]
+    outputs = [
+        with_lora_bias(layer, member, weights, y) for layer, member, y in zip(layers, members, outputs, strict=True)
+    ]
+    if len(layers) > 1:
+        others = zip(layers[1:], outputs[1:], strict=True)
+        routing.ready = (x, {layer.routing_name: y for layer, y in others})
+    return outputs[0]
+
+
+def with_lora_bias(layer: Any, member: Member, weights: Tensor, y: Tensor) -> Tensor:
+    """`y [..., O]` plus the weighted biases of the experts' B."""
+    names = [name for name in layer.lora_B if layer.lora_B[name].bias is not None]
+    if not names:
+        return y
+    carried_names = carried(layer, layer.routing.names)
+    gates = weights.unflatten(0, y.shape[:-1])
+    for name, column, scaling in zip(carried_names, member.experts.columns, member.experts.scalings, strict=True):
+        if name in names:
+            y = y + (gates[..., column, None] * (scaling * layer.lora_B[name].bias)).to(y.dtype)
+    return y
 
 
 def plain_base(layer: LoraLayer) -> tuple[Tensor | None, Tensor | None]:
@@ -231,6 +243,15 @@ def route_layers(model: LoraModel, routing: Routing) -> None:
         if not isinstance(module, RoutedLayer):
             module.__class__ = routed_class(type(module))
             module.routing, module.routing_name = routing, path
+    routing.layers = dict(layers)
+    routing.siblings = {path: siblings_of(path, routing.layers) for path in routing.layers}
+
+
+def siblings_of(path: str, layers: dict[str, Any]) -> tuple[str, ...]:
+    """The layers that are usually fed by the same input as the one at `path`, itself included."""
+    parent, _, own = path.rpartition(".")
+    names = next((names for names in SAME_INPUT if own in names), ())
+    return tuple(other for name in names if (other := f"{parent}.{name}" if parent else name) in layers)
 
 
 def routed_layers(model: nn.Module) -> list[LoraLayer]:
@@ -314,43 +335,3 @@ def enable_routing(peft_model: PeftModel) -> PeftModel:
     peft_model.routing = routing  # type: ignore[assignment]
     peft_model.__class__ = _routed_peft_class(type(peft_model))
     return peft_model
-
-
-class KeepRouting:
-    """Wraps a checkpoint function so that the recompute sees the routing of its own forward."""
-
-    def __init__(self, checkpoint: Any, routing: Routing):
-        self.checkpoint, self.routing = checkpoint, routing
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        state, reached = self.routing.state(), self.routing.reached
-
-        def with_routing(*inputs: Any, **options: Any) -> Any:
-            nonlocal reached
-            counts, reached = reached, None  # the forward counts, the recompute does not
-            with self.routing.lock.turn(), self.routing.restored(state, counts):
-                return function(*inputs, **options)
-
-        return self.checkpoint(with_routing, *args, **kwargs)
-
-
-def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
-    """Wrap every layer's checkpoint function once, however checkpointing was switched on.
-
-    Raises:
-        ValueError: reentrant checkpointing, which would silently lose the router's gradient.
-    """
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if (
-            function is None
-            or isinstance(function, KeepRouting)
-            or not getattr(module, "gradient_checkpointing", False)
-        ):
-            continue
-        if getattr(function, "keywords", {}).get("use_reentrant") is not False:  # torch's default is True
-            raise ValueError(
-                "reentrant gradient checkpointing (torch's default) would silently lose the gradient of the routing "
-                'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-        cast(Any, module)._gradient_checkpointing_func = KeepRouting(function, routing)

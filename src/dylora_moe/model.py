@@ -20,8 +20,9 @@ from .base import check_bare, load_base, strip_adapters
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
+from .holder import Routing
 from .hooks import PassHooks
-from .layers import Routing, route_layers, routed_layers
+from .layers import route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
 from .request import Request, check_experts, check_weights, has_packed_rows, input_shape
@@ -391,10 +392,12 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
             aux = aux + config.z_loss_coefficient * routing.z_loss(logits, mask, mean)
         return aux, balance
 
+    def _active_experts(self) -> int | None:
+        """How many outputs the policy keeps per token; None for all."""
+        config = self.moe_config
+        return config.train_top_k if self.training else (2 if config.top_k is None else config.top_k)
+
     def _policy(self, logits: Tensor) -> Tensor:
         """Weights of all router outputs: dense in training unless `train_top_k`, the best `top_k` in evaluation."""
-        config = self.moe_config
-        k = config.train_top_k if self.training else (2 if config.top_k is None else config.top_k)
-        if k is None:
-            return routing.dense(logits, config.temperature)
-        return routing.top_k(logits, k, config.temperature)
+        k, temperature = self._active_experts(), self.moe_config.temperature
+        return routing.dense(logits, temperature) if k is None else routing.top_k(logits, k, temperature)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from . import routing as policies
-from .layers import keep_routing_in_checkpoints
+from .recompute import keep_routing_in_checkpoints
 from .request import BASE, Decision, Request
 from .sharding import is_sharded
 
@@ -31,6 +31,8 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
     if args:
         kwargs = {**inspect.signature(type(decoder).forward).bind(decoder, *args).arguments, **kwargs}
         kwargs.pop("self", None)
+    model.routing.form = model.moe_config.mixing_form
+    model.routing.recompute_shrink = model.moe_config.recompute_shrink
     model.routing.force([])  # whatever runs before the router has read is the bare base
     request = model._request
     if request is None:
@@ -143,7 +145,7 @@ def _decide(model: DyLoraMoE, decision: Decision, scores: Tensor) -> None:
     decision.logits = scores.expand(-1, decision.length, -1)
     decision.shares = shares.expand(-1, decision.length, -1)
     decision.weights = weights
-    model.routing.mix(tuple(model.expert_names), weights)
+    model.routing.mix(tuple(model.expert_names), weights, model._active_experts())
 
 
 def _force(model: DyLoraMoE, decision: Decision) -> None:
@@ -153,7 +155,7 @@ def _force(model: DyLoraMoE, decision: Decision) -> None:
     used = sorted({c for c in columns if c >= 0})
     decision.weights = one_hot = _one_hot(model, decision)
     if torch.compiler.is_compiling():  # one graph for every forced expert
-        model.routing.mix(tuple(names), one_hot)
+        model.routing.mix(tuple(names), one_hot, active=1)
     elif len(set(columns)) == 1:
         model.routing.force([names[c] for c in used])
     else:  # unused experts must get no gradient, not a zero one

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora_moe.mixing.dense import DenseMixture, dense_mixture, dropout_mask
+from dylora_moe.mixing import dense_mixture
+from dylora_moe.mixing.member import LayerExperts, Member, dropout_mask
 from oracle import Loop
 from tiny import EXPERTS, difference, routed_layer
 
@@ -188,12 +189,13 @@ def test_gradcheck(fused, ranks):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     scalings = (0.5, 2.0, 1.0)[: len(ranks)]
-    mixture = DenseMixture(columns=tuple(range(len(ranks)))[::-1], ranks=ranks, scalings=scalings)
+    experts = LayerExperts(columns=tuple(range(len(ranks)))[::-1], ranks=ranks, scalings=scalings)
     weight, bias = (torch.randn(5, 4).double(), torch.randn(5).double()) if fused else (None, None)
     factors = [leaf(r, 4) for r in ranks] + [leaf(5, r) for r in ranks]
 
     def function(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
-        return dense_mixture(x, weight, bias, weights, mixture, factors[: len(ranks)], factors[len(ranks) :])
+        member = Member(experts, weight, bias, factors[: len(ranks)], factors[len(ranks) :])
+        return dense_mixture(x, weights, [member])[0]
 
     assert torch.autograd.gradcheck(function, (leaf(3, 4), leaf(3, len(ranks)), *factors))
 

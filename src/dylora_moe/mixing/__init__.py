@@ -1,6 +1,8 @@
-"""The ways to compute the mixture inside one adapted layer; all equal to `reference.py`."""
+"""The ways to compute the mixture inside adapted layers; all equal to `reference.py`."""
 
-from .dense import DenseMixture, dense_mixture
+from .choice import FORMS, choose
+from .dense import dense_mixture
 from .reference import reference_mixture
+from .sparse import gathered_mixture, grouped_mixture
 
-__all__ = ["DenseMixture", "dense_mixture", "reference_mixture"]
+__all__ = ["FORMS", "choose", "dense_mixture", "gathered_mixture", "grouped_mixture", "reference_mixture"]

@@ -4,185 +4,160 @@
     Hw = H ⊙ (w · s)[expert_of_row]    [T, ΣR]
     y  = x Wᵀ + b + Hw · B_catᵀ        [T, O]
 
-Shapes: T tokens, D in, O out, R rank of one expert, ΣR the sum of the ranks, E experts. The backward pass is written
-out so that only x (which the base's other branches share), H and w are kept.
+The backward pass is written out so that only x (which the base's other branches share), H and w are kept.
+
+Shapes: T tokens, D in, O out, R rank of one expert, ΣR the sum of the ranks, E experts. Of several members, A_cat holds
+the rows of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class DenseMixture(NamedTuple):
-    """What the two GEMMs need to know about the experts of one layer; plain values, no tensors.
-
-    Attributes:
-        columns: for each expert of the layer, its column in the weights.
-        ranks: its rank.
-        scalings: its scaling (alpha/r or alpha/√r).
-        dropout: the probability p that all of them share.
-        seed: of the dropout mask; the backward pass draws the same mask again instead of keeping it.
-    """
-
-    columns: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-    dropout: float = 0.0
-    seed: int = 0
-
-    def gates(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        """`(w · s)[expert_of_row]`: one gate per row of A_cat, `[T, ΣR]`."""
-        weights = weights.to(torch.promote_types(weights.dtype, dtype))
-        gates = self._of_experts(weights) * self._scaling_row(weights)
-        if len(set(self.ranks)) == 1:
-            gates = gates.unsqueeze(-1).expand(*gates.shape, self.ranks[0]).flatten(-2)
-        else:
-            ranks = torch.tensor(self.ranks, device=weights.device)
-            gates = gates.repeat_interleave(ranks, dim=-1, output_size=sum(self.ranks))
-        return gates.to(dtype)
-
-    def weights_grad(self, per_row: Tensor, weights: Tensor) -> Tensor:
-        """Sum `per_row [T, ΣR]` over the rows of each expert: the gradient of `weights [T, E]`."""
-        dtype = torch.promote_types(weights.dtype, per_row.dtype)
-        if len(set(self.ranks)) == 1:
-            sums = per_row.unflatten(-1, (len(self.ranks), self.ranks[0])).sum(-1, dtype=dtype)
-        else:
-            sums = torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(self.ranks, dim=-1)], dim=-1)
-        sums = (sums * self._scaling_row(sums)).to(weights.dtype)
-        if self.columns == tuple(range(weights.shape[-1])):
-            return sums
-        return torch.zeros_like(weights).index_copy_(-1, _index(self.columns, weights), sums)
-
-    def _of_experts(self, weights: Tensor) -> Tensor:
-        if self.columns == tuple(range(weights.shape[-1])):
-            return weights
-        return weights.index_select(-1, _index(self.columns, weights))
-
-    def _scaling_row(self, weights: Tensor) -> Tensor | float:
-        if len(set(self.scalings)) == 1:
-            return self.scalings[0]
-        return torch.tensor(self.scalings, dtype=weights.dtype, device=weights.device)
+from .member import (
+    LayerExperts,
+    Member,
+    add_base_grad,
+    compute_dtype,
+    dropout_mask,
+    dropout_seed,
+    members_from,
+    remember,
+    tensors_of,
+)
 
 
 def dense_mixture(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     weights: Tensor,
-    mixture: DenseMixture,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-) -> Tensor:
-    """`x Wᵀ + b + Σ_e w_e s_e (x A_eᵀ) B_eᵀ`, or only the sum if `weight` is None.
+    members: Sequence[Member],
+    recompute: bool = False,
+    packed: dict[Hashable, Any] | None = None,
+    memo: dict[Hashable, Any] | None = None,
+) -> list[Tensor]:
+    """`x Wᵀ + b + Σ_e w_e s_e (x A_eᵀ) B_eᵀ` of every member, `[T, O]` each.
 
     Args:
         x: `[T, D]`.
-        weight, bias: the frozen base's `[O, D]` and `[O]`.
         weights: `[T, E]`, any float dtype; receives its gradient.
-        mixture: which column, rank and scaling belongs to which pair of matrices.
-        lora_A, lora_B: one `[R_e, D]` and `[O, R_e]` per expert, cast to the dtype of the computation.
+        members: the layers fed by x. Dropout is the first's: one mask for all.
+        recompute: compute H again in the backward pass instead of keeping it.
+        packed: keeps these members' concatenated matrices, by dtype, for calls without gradients.
+        memo: keeps what depends on the weights alone, for the layers of one pass without gradients.
     """
-    dtype = compute_dtype(x)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        xd = F.dropout(x, mixture.dropout) if mixture.dropout else x
-        A, B = pack(lora_A, lora_B, dtype)
-        return expand(x, weight, bias, F.linear(xd.to(dtype), A) * mixture.gates(weights, dtype), B)
-    if mixture.dropout:
-        mixture = mixture._replace(seed=int(torch.randint(2**62, ())))
-    return _DenseMixture.apply(x, weight, bias, weights, mixture, *lora_A, *lora_B)
+    dtype, dropout = compute_dtype(x), members[0].experts.dropout
+    experts = tuple(m.experts for m in members)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        seed = dropout_seed() if dropout else 0
+        return list(_DenseMixture.apply(x, weights, experts, seed, recompute, *tensors_of(members)))
+    xd = F.dropout(x, dropout) if dropout else x
+    A, Bs = remember(packed, dtype, lambda: (pack_A(members, dtype), pack_B(members, dtype)))
+    gates = remember(memo, (experts, dtype, x.shape[0]), lambda: all_gates(experts, weights, dtype))
+    parts = (F.linear(xd.to(dtype), A) * gates).split([e.width for e in experts], dim=-1)
+    return [expand(x, m, part, B) for m, part, B in zip(members, parts, Bs, strict=True)]
 
 
-def expand(x: Tensor, weight: Tensor | None, bias: Tensor | None, gated: Tensor, B: Tensor) -> Tensor:
-    """Base GEMM (if any) plus `gated [T, ΣR] · Bᵀ`, accumulated into one output."""
-    if weight is None:
+def expand(x: Tensor, member: Member, gated: Tensor, B: Tensor) -> Tensor:
+    """Base GEMM (if any) plus `gated [T, ΣR] · Bᵀ`, accumulated into one output `[T, O]`."""
+    if member.weight is None:
         return gated @ B.T
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, member.weight, member.bias)
     if torch.compiler.is_compiling():
         return y + gated @ B.T
     return y.addmm_(gated, B.T)
 
 
-def pack(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`A_cat [ΣR, D]` and `B_cat [O, ΣR]` in `dtype`."""
-    A = lora_A[0] if len(lora_A) == 1 else torch.cat(list(lora_A))
-    B = lora_B[0] if len(lora_B) == 1 else torch.cat(list(lora_B), dim=1)
-    return A.to(dtype), B.to(dtype)
+def pack_A(members: Sequence[Member], dtype: torch.dtype) -> Tensor:
+    """`A_cat` of all members in `dtype`."""
+    rows = [A for m in members for A in m.lora_A]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype the base GEMM runs in: autocast's if it is on, else that of `x`.
-
-    The small matrices are cast to it. PEFT casts x to the adapters' dtype instead, which keeps a float32 copy of x
-    per layer over a bf16 base.
-    """
-    kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
-    return torch.get_autocast_dtype(kind) if cast else x.dtype
+def pack_B(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor]:
+    """`B_cat [O, ΣR]` of each member in `dtype`."""
+    return [(m.lora_B[0] if len(m.lora_B) == 1 else torch.cat(list(m.lora_B), dim=1)).to(dtype) for m in members]
 
 
-def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
-    """The inverted-dropout mask of `seed`: 0 or 1/(1-p), in the shape, dtype and device of `x`."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+def all_gates(experts: Sequence[LayerExperts], weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gates of all members side by side."""
+    known: dict[LayerExperts, Tensor] = {}
+    for own in experts:
+        if own not in known:
+            known[own] = own.gates(weights, dtype)
+    return known[experts[0]] if len(experts) == 1 else torch.cat([known[own] for own in experts], dim=-1)
 
 
 class _DenseMixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, weights, mixture: DenseMixture, *factors):
-        dtype = compute_dtype(x)
-        A, B = pack(factors[: len(mixture.ranks)], factors[len(mixture.ranks) :], dtype)
-        xd = x * dropout_mask(x, mixture.dropout, mixture.seed) if mixture.dropout else x
-        H = F.linear(xd.to(dtype), A)
-        ctx.mixture, ctx.dtype = mixture, dtype
-        ctx.save_for_backward(x, H, weights, weight, *factors)
-        return expand(x, weight, bias, H * mixture.gates(weights, dtype), B)
+    def forward(ctx: Any, x, weights, experts, seed: int, recompute: bool, *tensors):
+        members, dtype = members_from(experts, tensors), compute_dtype(x)
+        H = _shrink(x, members, seed, dtype)
+        parts = (H * all_gates(experts, weights, dtype)).split([e.width for e in experts], dim=-1)
+        ctx.set_materialize_grads(False)
+        ctx.experts, ctx.seed, ctx.dtype = experts, seed, dtype
+        ctx.save_for_backward(x, None if recompute else H, weights, *tensors)
+        packed = pack_B(members, dtype)
+        return tuple(expand(x, m, part, B) for m, part, B in zip(members, parts, packed, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs):
-        x, H, weights, weight, *factors = ctx.saved_tensors
-        mixture: DenseMixture = ctx.mixture
-        count = len(mixture.ranks)
-        need_x, _, _, need_w, _, *need_factors = ctx.needs_input_grad
-        dy = grad_outputs[0].to(ctx.dtype)
-        A, B = pack(factors[:count], factors[count:], ctx.dtype)
-        gates = mixture.gates(weights, ctx.dtype)
-        dA, dB = [None] * count, [None] * count
+        x, H, weights, *tensors = ctx.saved_tensors
+        experts, dtype = ctx.experts, ctx.dtype
+        members = members_from(experts, tensors)
+        need_x, need_w, *_ = ctx.needs_input_grad
+        need = members_from(experts, ctx.needs_input_grad[5:])
+        dys = [None if dy is None else dy.to(dtype) for dy in grad_outputs]
+        if H is None:
+            H = _shrink(x, members, ctx.seed, dtype)
+        gates, packed = all_gates(experts, weights, dtype), pack_B(members, dtype)
+        widths = [own.width for own in experts]
+        gated, grads = (H * gates).split(widths, dim=-1), []
+        for member, wanted, dy, part in zip(members, need, dys, gated, strict=True):
+            dB: list[Tensor | None] = [None] * len(member.lora_B)
+            if dy is not None and any(wanted.lora_B):
+                dB = _split(dy.T @ part, member.experts.ranks, 1, member.lora_B, wanted.lora_B)
+            grads.append([None, None, *[None] * len(member.lora_A), *dB])
+        need_A = any(flag for wanted in need for flag in wanted.lora_A)
         dx = dweights = None
-        if any(need_factors[count:]):
-            dB = _split(dy.T @ (H * gates), mixture.ranks, 1, factors[count:], need_factors[count:])
-        need_A = any(need_factors[:count])
         if need_x or need_w or need_A:
-            dHw = dy @ B
+            per_member = [
+                H.new_zeros(H.shape[0], width) if dy is None else dy @ B
+                for dy, B, width in zip(dys, packed, widths, strict=True)
+            ]
+            dHw = per_member[0] if len(per_member) == 1 else torch.cat(per_member, dim=-1)
             if need_w:
-                dweights = mixture.weights_grad(dHw * H, weights)
+                rows = (dHw * H).split(widths, dim=-1)
+                dweights = sum(own.weights_grad(row, weights) for own, row in zip(experts, rows, strict=True))
             dH = dHw.mul_(gates)
-            mask = dropout_mask(x, mixture.dropout, mixture.seed) if mixture.dropout else None
+            mask = dropout_mask(x, experts[0].dropout, ctx.seed) if experts[0].dropout else None
             if need_A:
-                xd = (x if mask is None else x * mask).to(ctx.dtype)
-                dA = _split(dH.T @ xd, mixture.ranks, 0, factors[:count], need_factors[:count])
+                dA = dH.T @ (x if mask is None else x * mask).to(dtype)
+                for member, wanted, part, grad in zip(members, need, dA.split(widths), grads, strict=True):
+                    count = len(member.lora_A)
+                    grad[2 : 2 + count] = _split(part, member.experts.ranks, 0, member.lora_A, wanted.lora_A)
             if need_x:
-                if mask is None and weight is not None:
-                    dx = (dy @ weight.to(ctx.dtype)).addmm_(dH, A).to(x.dtype)
+                A = pack_A(members, dtype)
+                if mask is None:
+                    dx = add_base_grad(None, dys, members, dtype)
+                    dx = dH @ A if dx is None else dx.addmm_(dH, A)
                 else:
-                    dx = (dH @ A).to(x.dtype)
-                    if mask is not None:
-                        dx.mul_(mask)
-                    if weight is not None:
-                        dx += dy @ weight.to(ctx.dtype)
-        return dx, None, None, dweights, None, *dA, *dB
+                    dx = add_base_grad((dH @ A).mul_(mask), dys, members, dtype)
+                dx = cast(Tensor, dx).to(x.dtype)
+        return dx, dweights, None, None, None, *[g for grad in grads for g in grad]
 
 
-def _split(grad: Tensor, ranks: tuple[int, ...], dim: int, like: Sequence[Tensor], need: Sequence[bool]) -> list:
+def _shrink(x: Tensor, members: Sequence[Member], seed: int, dtype: torch.dtype) -> Tensor:
+    p = members[0].experts.dropout
+    return F.linear((x * dropout_mask(x, p, seed) if p else x).to(dtype), pack_A(members, dtype))
+
+
+def _split(grad: Tensor, ranks: tuple[int, ...], dim: int, like: Sequence[Tensor], need: Sequence[Any]) -> list:
     parts = grad.split(ranks, dim)
     return [p.to(t.dtype) if wanted else None for p, t, wanted in zip(parts, like, need, strict=True)]
-
-
-def _index(columns: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(columns, device=like.device)

@@ -1,0 +1,71 @@
+"""Which form computes a group of layers: decided by shapes alone, never by the values of a tensor.
+
+The crossovers between the forms are measured by `benchmarks/crossovers.py`, which writes `crossovers.json` with where
+and when; see there. Shapes: T tokens, E experts, K active experts per token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .member import Member
+from .sparse import aligned
+
+FORMS = ("auto", "dense", "grouped", "gathered", "reference")
+
+
+class Crossovers(NamedTuple):
+    """Where one form overtakes another on one kind of device.
+
+    Attributes:
+        gathered_copies: gathered pays while T · K · this ≤ E.
+        grouped_ratio: grouped pays from this many experts per active one (E / K).
+        grouped_tokens: and from this many tokens.
+    """
+
+    gathered_copies: float
+    grouped_ratio: float
+    grouped_tokens: int
+
+
+@cache
+def crossovers(device: str) -> Crossovers:
+    """The measured crossovers of a device type; those of the CPU where there are none."""
+    table = json.loads(files("dylora_moe.mixing").joinpath("crossovers.json").read_text(encoding="utf-8"))
+    return Crossovers(**table.get(device, table["cpu"])["crossovers"])
+
+
+def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, active: int | None) -> str:
+    """The form for `x [T, D]`: what `form` asks for if it is exact here, else "dense".
+
+    Args:
+        form: one of `FORMS` but "reference".
+        x: the input.
+        members: the layers that it feeds.
+        num_experts: E, the columns of the routing weights.
+        active: K, if the weights are known to hold no more than so many entries per token that are not zero.
+    """
+    every = tuple(range(num_experts))
+    if form == "dense" or active is None or active >= num_experts or any(m.experts.columns != every for m in members):
+        return "dense"
+    if form == "gathered":
+        return "gathered"
+    if (x.device.type != "cpu" or torch.compiler.is_compiling()) and not aligned(x, members):
+        return "dense"
+    if form == "grouped":
+        return "grouped"
+    if not aligned(x, members):
+        return "dense"
+    at, tokens = crossovers(x.device.type), x.shape[0]
+    if tokens * active * at.gathered_copies <= num_experts:
+        return "gathered"
+    if num_experts / active >= at.grouped_ratio and tokens >= at.grouped_tokens:
+        return "grouped"
+    return "dense"

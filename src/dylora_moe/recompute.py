@@ -1,0 +1,49 @@
+"""Gradient checkpointing: the recompute of a layer sees the routing of its own forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from .holder import Routing
+
+
+class KeepRouting:
+    """Wraps a checkpoint function so that the recompute sees the routing of its own forward."""
+
+    def __init__(self, checkpoint: Any, routing: Routing):
+        self.checkpoint, self.routing = checkpoint, routing
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        state, reached = self.routing.state(), self.routing.reached
+
+        def with_routing(*inputs: Any, **options: Any) -> Any:
+            nonlocal reached
+            counts, reached = reached, None  # the forward counts, the recompute does not
+            with self.routing.lock.turn(), self.routing.restored(state, counts):
+                return function(*inputs, **options)
+
+        return self.checkpoint(with_routing, *args, **kwargs)
+
+
+def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
+    """Wrap every layer's checkpoint function once, however checkpointing was switched on.
+
+    Raises:
+        ValueError: reentrant checkpointing, which would silently lose the router's gradient.
+    """
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if (
+            function is None
+            or isinstance(function, KeepRouting)
+            or not getattr(module, "gradient_checkpointing", False)
+        ):
+            continue
+        if getattr(function, "keywords", {}).get("use_reentrant") is not False:  # torch's default is True
+            raise ValueError(
+                "reentrant gradient checkpointing (torch's default) would silently lose the gradient of the routing "
+                'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        cast(Any, module)._gradient_checkpointing_func = KeepRouting(function, routing)
