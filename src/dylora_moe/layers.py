@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, O out, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import check_mixable
 from .holder import Routing
 from .mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, reference_mixture
-from .mixing.member import LayerExperts, Member, remember
+from .mixing.member import LayerExperts, Member, first_columns, lay_side_by_side, remember
 from .recompute import keep_routing_in_checkpoints
 from .request import check_weights, input_shape
 
@@ -85,9 +85,19 @@ class RoutedLayer:
         return _bare_instance, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
 
 
+def lay_out_experts(layers: Iterable[Any], names: Sequence[str]) -> None:
+    """Keep the experts' matrices of each layer in one block of memory, in the order of `names`."""
+    for layer in layers:
+        for part in (layer.lora_A, layer.lora_B):
+            weights = [part[name].weight for name in names if name in part]
+            if weights:
+                lay_side_by_side(weights)
+
+
 def carried(layer: LoraLayer, names: Any) -> list[str]:
     """Those of `names` that adapt this layer, in their order."""
-    return [name for name in names if name in layer.lora_A or name in layer.lora_embedding_A]
+    own, embedded = layer.lora_A._modules, layer.lora_embedding_A
+    return [name for name in names if name in own or name in embedded]
 
 
 class Group(NamedTuple):
@@ -124,25 +134,32 @@ def group_of(layer: Any, names: tuple[str, ...], routing: Routing) -> Group | No
 
 
 def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
-    """What the fast forms need to know of a layer, or None where only the reference loop is exact."""
+    """What the fast forms need to know of a layer, or None where only the reference loop is exact.
+
+    Looks into the modules' own dictionaries: this runs for every layer of every pass, over all experts.
+    """
     if layer.merged or layer.disable_adapters or layer.lora_embedding_A:
         return None
-    present = carried(layer, names)
-    if any(name in layer.lora_variant for name in present):
+    own_A, own_B, drops = (part._modules for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    if tuple(own_A) == names:
+        present, columns = names, first_columns(len(names))
+    else:
+        present = tuple(name for name in names if name in own_A)
+        columns = tuple(names.index(name) for name in present)
+    if layer.lora_variant and any(name in layer.lora_variant for name in present):
         return None
-    drops = [layer.lora_dropout[name] for name in present]
-    rates = {drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in drops}
-    if len(rates) > 1:  # experts with different dropout need a mask each
-        return None
-    lora_A = [layer.lora_A[name].weight for name in present]
+    rates = {drop.p if drop.training else 0.0 for name in present if type(drop := drops[name]) is nn.Dropout}
+    if len(rates) > 1 or (rates and any(type(drops[name]) is not nn.Dropout for name in present)):
+        return None  # experts with different dropout need a mask each
+    lora_A = [own_A[name].weight for name in present]
     experts = LayerExperts(
-        columns=tuple(names.index(name) for name in present),
-        ranks=tuple(int(A.shape[0]) for A in lora_A),
-        scalings=tuple(layer.scaling[name] for name in present),
+        columns=columns,
+        ranks=tuple([A.shape[0] for A in lora_A]),
+        scalings=tuple([layer.scaling[name] for name in present]),
         dropout=rates.pop() if rates else 0.0,
     )
     weight, bias = plain_base(layer)
-    return Member(experts, weight, bias, lora_A, [layer.lora_B[name].weight for name in present])
+    return Member(experts, weight, bias, lora_A, [own_B[name].weight for name in present])
 
 
 def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:

@@ -22,7 +22,7 @@ from .contexts import Contexts
 from .experts import NEW, ROUTED, ExpertLifecycle
 from .holder import Routing
 from .hooks import PassHooks
-from .layers import route_layers, routed_layers
+from .layers import lay_out_experts, route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
 from .request import Request, check_experts, check_weights, has_packed_rows, input_shape
@@ -217,6 +217,11 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
 
         save_mixture(self, save_directory, state_dict=state_dict, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> DyLoraMoE:
+        result = super()._apply(fn, recurse)
+        lay_out_experts(self._layers, self.expert_names)
+        return result
+
     def _refresh(self) -> None:
         """Bring everything derived from the set of experts up to date."""
         names = self.expert_names
@@ -226,6 +231,7 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         for name in self._frozen_experts:
             self.base_model.set_requires_grad(name, False)
         self._layers = routed_layers(self.base_model)
+        lay_out_experts(self._layers, names)
         adapted = [layer.routing_name for layer in self._layers if layer.r]
         self._adapts_head = any(self.placement.layer_of(path) == self.placement.num_layers for path in adapted)
         lowest = lowest_layer(self.placement, adapted)

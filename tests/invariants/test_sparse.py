@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dylora_moe import DyLoraMoE, MoELoraConfig, routing
 from dylora_moe.mixing import choose, gathered_mixture, grouped_mixture, sparse
-from dylora_moe.mixing.member import LayerExperts, Member
+from dylora_moe.mixing.member import LayerExperts, Member, side_by_side
 from oracle import Loop
 from tiny import difference, routed_layer
 from tinybase import tiny_base
@@ -149,6 +149,7 @@ def members(experts: int = 8, rank: int = 16, width: int = 64) -> tuple[Tensor, 
     return torch.randn(experts, width), Member(own, torch.randn(width, width), None, list(A), list(B))
 
 
+@torch.no_grad()
 def test_matrices_side_by_side_are_not_copied():
     _, member = members()
     for tensors, shape in ((member.lora_A, (16, 64)), (member.lora_B, (64, 16))):
@@ -192,6 +193,21 @@ def test_the_choice_follows_from_shapes():
     assert choose("auto", x, [member], 64, 2) == "grouped"
     some = member._replace(experts=member.experts._replace(columns=(*range(63), 70)))
     assert choose("grouped", x, [some], 64, 2) == "dense"  # an expert that the layer lacks
+
+
+def test_the_matrices_of_a_mixture_lie_side_by_side():
+    config = MoELoraConfig(num_experts=4, r=4, init_lora_weights=False, router_layer=1)
+    model = DyLoraMoE.from_base(tiny_base(), config)
+    layer = model._layers[0]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for change in (lambda: None, lambda: model.double().float(), lambda: model.remove_expert("expert_1")):
+        change()
+        weights = [layer.lora_B[name].weight for name in model.expert_names]
+        with torch.no_grad():
+            flat = side_by_side(weights)
+        assert flat is not None
+        assert torch.equal(flat, torch.cat([w.flatten() for w in weights]))
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if "router" not in n)
 
 
 def test_the_whole_model_in_every_form():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .member import Member
+from .member import Member, first_columns
 from .sparse import aligned
 
 FORMS = ("auto", "dense", "grouped", "gathered", "reference")
@@ -52,8 +52,10 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
         num_experts: E, the columns of the routing weights.
         active: K, if the weights are known to hold no more than so many entries per token that are not zero.
     """
-    every = tuple(range(num_experts))
-    if form == "dense" or active is None or active >= num_experts or any(m.experts.columns != every for m in members):
+    if form == "dense" or active is None or active >= num_experts:
+        return "dense"
+    every = first_columns(num_experts)
+    if any(m.experts.columns != every for m in members):
         return "dense"
     if form == "gathered":
         return "gathered"

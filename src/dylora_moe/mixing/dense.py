@@ -29,6 +29,7 @@ from .member import (
     dropout_seed,
     members_from,
     remember,
+    side_by_side,
     tensors_of,
 )
 
@@ -76,7 +77,8 @@ def expand(x: Tensor, member: Member, gated: Tensor, B: Tensor) -> Tensor:
 def pack_A(members: Sequence[Member], dtype: torch.dtype) -> Tensor:
     """`A_cat` of all members in `dtype`."""
     rows = [A for m in members for A in m.lora_A]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
+    flat = side_by_side(rows)
+    return (torch.cat(rows) if flat is None else flat.view(-1, rows[0].shape[1])).to(dtype)
 
 
 def pack_B(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor]:

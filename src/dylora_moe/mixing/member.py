@@ -8,13 +8,21 @@ Shapes: T tokens, D in, O out, R rank of one expert, ΣR the sum of the ranks of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
+
+
+@cache
+def first_columns(count: int) -> tuple[int, ...]:
+    """0, 1, …: the columns of a layer that carries all experts in their order."""
+    return tuple(range(count))
 
 
 class LayerExperts(NamedTuple):
@@ -40,10 +48,10 @@ class LayerExperts(NamedTuple):
     def gates(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """`(w · s)[expert_of_row]` of `weights [T, E]`: one gate per row of A_cat, `[T, ΣR]`."""
         weights = weights.to(torch.promote_types(weights.dtype, dtype))
-        if self.columns != tuple(range(weights.shape[-1])):
+        if self.columns != first_columns(weights.shape[-1]):
             weights = weights.index_select(-1, torch.tensor(self.columns, device=weights.device))
         gates = weights * self.scaling_row(weights)
-        if len(set(self.ranks)) == 1:
+        if self.ranks.count(self.ranks[0]) == len(self.ranks):
             gates = gates.unsqueeze(-1).expand(*gates.shape, self.ranks[0]).flatten(-2)
         else:
             ranks = torch.tensor(self.ranks, device=weights.device)
@@ -53,18 +61,18 @@ class LayerExperts(NamedTuple):
     def weights_grad(self, per_row: Tensor, weights: Tensor) -> Tensor:
         """Sum `per_row [T, ΣR]` over the rows of each expert: the gradient of `weights [T, E]`."""
         dtype = torch.promote_types(weights.dtype, per_row.dtype)
-        if len(set(self.ranks)) == 1:
+        if self.ranks.count(self.ranks[0]) == len(self.ranks):
             sums = per_row.unflatten(-1, (len(self.ranks), self.ranks[0])).sum(-1, dtype=dtype)
         else:
             sums = torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(self.ranks, dim=-1)], dim=-1)
         sums = (sums * self.scaling_row(sums)).to(weights.dtype)
-        if self.columns == tuple(range(weights.shape[-1])):
+        if self.columns == first_columns(weights.shape[-1]):
             return sums
         return torch.zeros_like(weights).index_copy_(-1, torch.tensor(self.columns, device=sums.device), sums)
 
     def scaling_row(self, like: Tensor) -> Tensor | float:
         """One scaling per expert, or the one that all share."""
-        if len(set(self.scalings)) == 1:
+        if self.scalings.count(self.scalings[0]) == len(self.scalings):
             return self.scalings[0]
         return torch.tensor(self.scalings, dtype=like.dtype, device=like.device)
 
@@ -98,6 +106,39 @@ def members_from(experts: Sequence[LayerExperts], tensors: Sequence[Tensor | Non
         pairs: list = [next(row) for _ in range(2 * len(own.ranks))]
         members.append(Member(own, weight, bias, pairs[: len(own.ranks)], pairs[len(own.ranks) :]))
     return members
+
+
+def lay_side_by_side(parameters: Sequence[Tensor]) -> None:
+    """Move the values of some parameters into one block of memory, one after the other; each stays what it is.
+
+    Nothing needs it: what is moved apart again (`.to()`, a copy) is concatenated where it is used.
+    """
+    first = parameters[0]
+    kinds = {(type(p), p.dtype, p.device) for p in parameters}
+    if len(parameters) < 2 or kinds != {(torch.nn.Parameter, first.dtype, first.device)} or first.device.type == "meta":
+        return
+    with torch.no_grad():
+        if side_by_side(parameters) is not None:
+            return
+    block = torch.cat([p.data.flatten() for p in parameters])
+    for parameter, part in zip(parameters, block.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """All values of some tensors as one flat view if they lie one after the other in memory; None with gradients."""
+    first = tensors[0]
+    plain = type(first) in (Tensor, torch.nn.Parameter) and first.device.type != "meta"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not plain:
+        return None
+    storage, size = first.untyped_storage(), first.element_size()
+    sizes = [t.numel() * size for t in tensors]
+    starts = list(itertools.accumulate(sizes, initial=first.data_ptr()))
+    if [t.data_ptr() for t in tensors] != starts[:-1] or starts[-1] > storage.data_ptr() + storage.nbytes():
+        return None
+    if not all(t.is_contiguous() and t.dtype is first.dtype for t in tensors):
+        return None
+    return first.as_strided((sum(sizes) // size,), (1,))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -33,6 +33,7 @@ from .member import (
     dropout_seed,
     members_from,
     remember,
+    side_by_side,
     tensors_of,
 )
 
@@ -177,20 +178,12 @@ def aligned(x: Tensor, members: Sequence[Member]) -> bool:
 
 def stacked(tensors: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """`[E, rows, columns]` in `dtype`, padded with zeros; a view where the tensors lie side by side in memory."""
-    first = tensors[0]
-    if not torch.compiler.is_compiling() and first.dtype == dtype and first.shape == (rows, columns):
-        step, storage = first.numel() * first.element_size(), first.untyped_storage().data_ptr()
-        if all(
-            t.shape == first.shape
-            and t.is_contiguous()
-            and t.data_ptr() == first.data_ptr() + i * step
-            and t.untyped_storage().data_ptr() == storage
-            for i, t in enumerate(tensors)
-        ):
-            return first.detach().as_strided((len(tensors), rows, columns), (rows * columns, columns, 1))
     if all(t.shape == (rows, columns) for t in tensors):
-        return torch.stack(list(tensors)).to(dtype)
-    return torch.stack([F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0])) for t in tensors]).to(dtype)
+        flat = side_by_side(tensors)
+        stack = torch.stack(list(tensors)) if flat is None else flat.view(len(tensors), rows, columns)
+    else:
+        stack = torch.stack([F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0])) for t in tensors])
+    return stack.to(dtype)
 
 
 def stack_A(members: Sequence[Member], dtype: torch.dtype) -> Tensor:
