@@ -134,7 +134,7 @@ class _Gemms(TorchDispatchMode):
 
 
 def gemms(runner: Runner) -> Counter:
-    """Inner dimension → GEMMs dispatched in the forward pass inside one section, on average over sections and passes."""
+    """Inner dimension → GEMMs dispatched in the forward pass inside one section, averaged over sections and passes."""
     mode = _Gemms(_Inside(runner.sections))
     try:
         with runner.in_force(), mode:

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, XLoraConfig, get_peft_model
@@ -117,7 +117,8 @@ class Models:
     def _build_base(self, linear: bool) -> Any:
         settings = self.settings
         if settings.shape == SMOLLM2:
-            return AutoModelForCausalLM.from_pretrained(resolve_base("embedded"), dtype=self.dtype).to(self.device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_base("embedded"), dtype=self.dtype)
+            return loaded.to(self.device)
         shape = SHAPES[settings.shape]
         if linear:  # one square layer of the shape's width; the rest of the model only decides the routing
             heads = max(1, shape.width // 64)
@@ -135,8 +136,7 @@ class Models:
             pad_token_id=0,
         )
         with self.device:
-            automatic: Any = AutoModelForCausalLM
-            return automatic.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+            return cast(Any, AutoModelForCausalLM).from_config(config, dtype=self.dtype, attn_implementation="sdpa")
 
     def _keep(self, key: Any, build: Any) -> Any:
         if key not in self._kept:
