@@ -42,8 +42,11 @@ lint: install ## check style, format and types
 	$(RUN) ruff format --check
 	$(RUN) basedpyright
 
-bench: install ## measure memory and time of a training step
-	$(OFFLINE) $(VENV)/bin/python benchmarks/memory.py
+# Each plan measures some of the figures in docs/performance.md; `dylora-moe bench --list` shows them.
+PLANS ?= counts flops flops-training saved graphs training experts top-1024 top-4096 token-1024 generation
+
+bench: install ## measure every figure of the results page (PLANS="saved training" chooses some)
+	@for plan in $(PLANS); do $(OFFLINE) $(RUN) dylora_moe bench --plan $$plan $(ARGS) || exit; done
 
 clean: ## remove .venv and what the tools left
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist

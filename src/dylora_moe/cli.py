@@ -1,4 +1,4 @@
-"""The command line: `dylora-moe train | generate | inspect | report | recipe`."""
+"""The command line: `dylora-moe train | generate | inspect | report | bench | recipe`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from . import __version__
+from .benchmark.command import bench
 from .display import colour_by_expert, gradient_table, parameter_table, plan_tables, results_tables, routing_table
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
+app.command()(bench)
 console = Console(stderr=False)
 errors = Console(stderr=True)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .member import Member, first_columns
+from .member import Member, compute_dtype, first_columns
 from .sparse import aligned
 
 FORMS = ("auto", "dense", "grouped", "gathered", "reference")
@@ -59,8 +59,9 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
         return "dense"
     if form == "gathered":
         return "gathered"
-    if (x.device.type != "cpu" or torch.compiler.is_compiling()) and not aligned(x, members):
-        return "dense"
+    eager_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    if not eager_cpu and not (aligned(x, members) and compute_dtype(x) == torch.bfloat16):
+        return "dense"  # all that torch's grouped_mm takes there
     if form == "grouped":
         return "grouped"
     if not aligned(x, members):

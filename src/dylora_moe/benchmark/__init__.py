@@ -1,0 +1,1 @@
+"""Measure a mixture beside its base and its peers: time, memory and arithmetic (`dylora-moe bench`)."""

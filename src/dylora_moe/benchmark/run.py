@@ -1,0 +1,155 @@
+"""One run: build the variants, count, time, and put it into plain values."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import counts, measure
+from .machine import describe
+from .models import Models
+from .settings import Settings
+from .work import Runner, runners
+
+FORMAT_VERSION = 1
+Progress = Callable[[str], None]
+
+
+def run(settings: Settings, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Count and time every variant.
+
+    Args:
+        settings: what to measure.
+        progress: is told in words what happens.
+
+    Returns:
+        `settings`, `command`, `machine`, `seconds` in all, `missing` (variant → why it does not run) and `rows`: per
+        variant its counts and, unless `settings.rounds` is 0, `seconds` by round, `ratio` to the bare base and
+        `tokens_per_second`.
+
+    Raises:
+        ValueError: settings that do not fit each other or the base.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, _threads(settings.threads):
+        models = Models(settings, Path(folder))
+        made, missing = runners(settings, models)
+        with models.running():
+            rows = count(settings, models, made, progress)
+        if settings.rounds:
+            add_times(settings, made, rows, progress)
+        machine = describe(settings.device)
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": settings.to_dict(),
+        "command": settings.command(),
+        "machine": machine,
+        "seconds": round(time.perf_counter() - started, 1),
+        "missing": missing,
+        "rows": rows,
+    }
+
+
+def count(
+    settings: Settings, models: Models, made: list[Runner], progress: Progress = lambda _: None
+) -> list[dict[str, Any]]:
+    """What does not depend on timing, a row per variant."""
+    widths = {models.base.get_submodule(path).in_features for path in models.targets}
+    rows, base = [], None
+    for runner in made:
+        progress(f"counting {runner.title}")
+        found = counts.gemms(runner)
+        if base is None:
+            base = found if runner.key == "base" else counts.gemms(_bare(settings, models))
+        row: dict[str, Any] = {
+            "key": runner.key,
+            "title": runner.title,
+            "experts": runner.experts,
+            "flops": counts.flops(runner),
+            "base_passes": counts.base_passes(runner),
+            "added_gemms": counts.added_gemms(found, base, runner.adapted),
+            "shrinks": counts.shrinks(found, base, _ranks(settings, runner), widths),
+        }
+        if models.training:
+            row["saved_bytes"] = counts.saved(runner)
+            row["saved_in_layers"] = counts.saved(runner, in_layers=True)
+        if not settings.fake:
+            row["peak_bytes"] = counts.peak_bytes(runner)
+        if settings.graphs:
+            row["graph_breaks"] = counts.graph_breaks(runner)
+        if settings.work.startswith("linear"):
+            width = models.base.config.hidden_size
+            row["flops_floor"] = counts.floor(settings.work, _active_rank(settings, runner), (width, width))
+        rows.append(row)
+    if rows and rows[0]["key"] == "base":
+        for row in rows:
+            row["flops_ratio"] = row["flops"] / rows[0]["flops"]
+            if "flops_floor" in row:
+                row["over_floor"] = row["flops_ratio"] / row["flops_floor"]
+    return rows
+
+
+def add_times(settings: Settings, made: list[Runner], rows: list[dict[str, Any]], progress: Progress) -> None:
+    """Time the variants and write the results into their rows."""
+    repeats = settings.repeats or (0 if settings.work.startswith("linear") else 1)
+    tell = lambda done, of: progress(f"round {done} of {of}")  # noqa: E731
+    times = measure.interleaved(made, settings.rounds, settings.warmup, settings.seed, repeats, tell)
+    tokens = tokens_of(settings)
+    for row in rows:
+        seconds = times[row["key"]]
+        middle = measure.bootstrap(seconds, settings.seed)
+        row["seconds"] = seconds
+        row["tokens_per_second"] = tokens / middle.median
+        if "base" in times:
+            row["ratio"] = list(measure.ratio(seconds, times["base"], settings.seed))
+
+
+def tokens_of(settings: Settings) -> int:
+    """Tokens that one step processes; those that it generates when decoding."""
+    if settings.work == "linear-token":
+        return 1
+    return settings.batch * (settings.new_tokens if settings.work == "decode" else settings.length)
+
+
+def _bare(settings: Settings, models: Models) -> Runner:
+    from .kinds import KINDS
+    from .linear import linear_runner
+    from .work import model_runner
+
+    build = linear_runner if settings.work.startswith("linear") else model_runner
+    return build(settings, models, "base", KINDS["base"], None)
+
+
+def _active_rank(settings: Settings, runner: Runner) -> int:
+    """ΣR that a token needs: of its k experts where the weights are sparse."""
+    from .kinds import KINDS
+
+    kind = KINDS[runner.key.partition("/")[0]]
+    if kind.family == "base":
+        return 0
+    if kind.family == "peft":
+        return settings.rank * (runner.experts or 1)
+    return settings.rank * (settings.top_k if kind.sparse else runner.experts or 1)
+
+
+def _ranks(settings: Settings, runner: Runner) -> set[int]:
+    active = _active_rank(settings, runner)
+    return set(Counter([settings.rank, active, settings.rank * (runner.experts or 1)])) - {0}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
