@@ -43,6 +43,8 @@ class Routing:
         ready: outputs `[…, O]` by layer of those that were computed with the first layer fed by the same input x.
         siblings: by layer the names of the layers usually fed by the same input, itself included.
         layers: the routed layers by name.
+        folded: by layer, the weight that a fixed mixture is folded into and its original values; empty outside a
+            generation that folds.
         reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
         lock: held by the thread whose routing is in force; threads that share a model take turns.
     """
@@ -58,6 +60,7 @@ class Routing:
     ready: tuple[Tensor, dict[str, Tensor]] | None = field(default=None, repr=False)
     siblings: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     layers: dict[str, Any] = field(default_factory=dict, repr=False)
+    folded: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)
     reached: dict[str, int] | None = None
     lock: CallLock = field(default_factory=CallLock, repr=False)
 

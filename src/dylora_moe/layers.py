@@ -53,6 +53,8 @@ class RoutedLayer:
         names, weights = routing.names, routing.weights
         if routing.reached is not None and carried(layer, names if routing.forced is None else routing.forced):
             routing.reached[self.routing_name] = routing.reached.get(self.routing_name, 0) + 1
+        if routing.folded and self.routing_name in routing.folded:
+            return layer.base_layer(x, *args, **kwargs)
         if weights is None:
             names = tuple(routing.forced or ())
             if not layer.merged:

@@ -10,27 +10,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import passes, routing
+from . import passes
 from .base import check_bare, load_base, strip_adapters
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .contexts import Contexts
-from .experts import NEW, ROUTED, ExpertLifecycle
+from .experts import ROUTED, ExpertLifecycle
+from .fold import check_foldable, unfold
 from .holder import Routing
 from .hooks import PassHooks
 from .layers import lay_out_experts, route_layers, routed_layers
 from .output import MoECausalLMOutput, with_routing_fields
 from .placement import Placement, lowest_layer
+from .policy import Policy
 from .request import Request, check_experts, check_weights, has_packed_rows, input_shape
 from .router import Router
 from .trace import RoutingTrace
 
 
-class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
+class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
 
     It is a `PeftModelForCausalLM`, so Trainer, TRL, accelerate, pipelines and evaluation harnesses treat it as one.
@@ -260,9 +261,6 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         extra = self.router_layer_index / self.placement.num_layers if self._needs_routing_pass else 0.0
         return 1.0 + extra
 
-    def _new_columns(self) -> list[int]:
-        return [i for i, state in enumerate(self.expert_states.values()) if state == NEW]
-
     def _output_names(self) -> list[str]:
         return [*self.expert_names, *(["base"] if self.moe_config.route_to_base else [])]
 
@@ -315,21 +313,27 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
         *args: Any,
         experts: str | Sequence[str | None] | None = None,
         routing_weights: Tensor | None = None,
+        fold: bool = False,
         **kwargs: Any,
     ) -> Any:
         """`transformers`' generate, routed token by token, with `experts=` or `routing_weights=` to force.
 
-        Weights are `[E]` or `[B, E]` and hold for every position; rows are repeated for beams.
+        Weights are `[E]` or `[B, E]` and hold for every position; rows are repeated for beams. With `fold=True` a
+        mixture that is fixed for the whole call (one forced expert, one row of weights, or one row at sequence
+        granularity) is folded into the base's weights meanwhile: the speed of the base, for a second copy of the
+        adapted weights. They are restored bit for bit.
         """
         batch, length = input_shape(args, kwargs)
         request = self._make_request(experts, routing_weights, batch, None, kwargs)
         request.attention_mask, request.prompt_length = kwargs.get("attention_mask"), length
+        request.fold = fold and check_foldable(self, batch, request)
         with self._call(request):
             self.routing.packed = {}
             try:
                 return super().generate(*args, **kwargs)
             finally:
                 self.routing.packed = None
+                unfold(self)
 
     def _make_request(
         self, experts: Any, weights: Tensor | None, batch: int | None, length: int | None, kwargs: dict
@@ -367,43 +371,3 @@ class DyLoraMoE(ExpertLifecycle, Contexts, PassHooks, PeftModelForCausalLM):
                 if output.get("loss") is not None:
                     fields["loss"] = output["loss"] + aux.to(output["loss"].device)
         return with_routing_fields(output, **fields)
-
-    def auxiliary_losses(
-        self,
-        logits: Tensor,
-        mask: Tensor | None = None,
-        mean: routing.Mean = routing.masked_mean,
-        shares: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The auxiliary loss (coefficients applied) and the raw balance loss of some tokens.
-
-        Args:
-            logits: `[..., n]` router scores.
-            mask: bool over the leading dimensions, True for tokens that count; default all.
-            mean: how to average over tokens; a trainer passes one that spans its processes.
-            shares: the policy's `[..., n]` weights, if they are known already.
-        """
-        config = self.moe_config
-        if shares is None:
-            shares = self._policy(logits)
-        fresh = set(self._new_columns())
-        if fresh:
-            kept = torch.tensor([i for i in range(logits.shape[-1]) if i not in fresh], device=logits.device)
-            logits, shares = logits.index_select(-1, kept), shares.index_select(-1, kept)
-        balance = logits.new_zeros(())
-        if config.balance_loss != "none":
-            balance = routing.BALANCE_LOSSES[config.balance_loss](logits, shares, mask, mean)
-        aux = config.balance_coefficient * balance
-        if config.z_loss_coefficient:
-            aux = aux + config.z_loss_coefficient * routing.z_loss(logits, mask, mean)
-        return aux, balance
-
-    def _active_experts(self) -> int | None:
-        """How many outputs the policy keeps per token; None for all."""
-        config = self.moe_config
-        return config.train_top_k if self.training else (2 if config.top_k is None else config.top_k)
-
-    def _policy(self, logits: Tensor) -> Tensor:
-        """Weights of all router outputs: dense in training unless `train_top_k`, the best `top_k` in evaluation."""
-        k, temperature = self._active_experts(), self.moe_config.temperature
-        return routing.dense(logits, temperature) if k is None else routing.top_k(logits, k, temperature)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from . import routing as policies
+from .fold import fold, unfold
 from .recompute import keep_routing_in_checkpoints
 from .request import BASE, Decision, Request
 from .sharding import is_sharded
@@ -41,6 +42,8 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
     batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
     decision = Decision(batch, length, mask=_real_tokens(request, kwargs.get("attention_mask"), batch, length))
     request.decision, model._current = decision, request
+    if model.routing.folded and not request.fold:  # another call within a generation that folds
+        unfold(model)
     if not torch.compiler.is_compiling():
         _check_not_bypassed(model)
         if model.training:
@@ -51,10 +54,12 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
     if request.weights is not None:
         decision.weights = _per_row(request.weights, batch)
         model.routing.mix(tuple(model.expert_names), decision.weights)
+        _fold(model, request, decision)
         return (), kwargs
     decision.columns = _columns(model, request, batch)
     if decision.forced and not (model.touch_all_experts and torch.is_grad_enabled()):
         _force(model, decision)
+        _fold(model, request, decision)
         return (), kwargs
     if (
         not decision.forced
@@ -68,6 +73,7 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
         )
     if request.held is not None:
         _decide(model, decision, _per_row(request.held, batch))
+        _fold(model, request, decision)
     elif not model._needs_routing_pass:
         decision.pending = True
     else:
@@ -160,6 +166,12 @@ def _force(model: DyLoraMoE, decision: Decision) -> None:
         model.routing.force([names[c] for c in used])
     else:  # unused experts must get no gradient, not a zero one
         model.routing.mix(tuple(names[c] for c in used), one_hot[..., used])
+
+
+def _fold(model: DyLoraMoE, request: Request, decision: Decision) -> None:
+    """Fold the weights of this pass, which are those of every further one, if the request says so."""
+    if request.fold and not model.routing.folded and decision.weights is not None:
+        fold(model, decision.weights[0, 0])
 
 
 def _one_hot(model: DyLoraMoE, decision: Decision) -> Tensor:

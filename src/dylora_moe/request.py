@@ -28,6 +28,7 @@ class Request:
         labels: `[B, S]`, which tell sequence granularity where the prompt ends.
         prompt_length: in `generate`, the number of prompt positions.
         held: router scores `[B, 1, n]` held for a whole sequence.
+        fold: fold the fixed mixture into the weights for the length of the generation.
     """
 
     experts: str | Sequence[str | None] | None = None
@@ -37,6 +38,7 @@ class Request:
     prompt_length: int | None = None
     packed_rows: bool = False
     held: Tensor | None = None
+    fold: bool = False
     decision: Decision | None = field(default=None, repr=False)
 
 

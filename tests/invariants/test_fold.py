@@ -1,0 +1,121 @@
+"""Folding a fixed mixture into the weights: the same tokens, and every weight restored bit for bit."""
+
+import pytest
+import torch
+
+from dylora_moe import DyLoraMoE, MoELoraConfig
+from dylora_moe.fold import fold, unfold
+from tiny import difference
+from tinybase import tiny_base
+
+
+def mixture(**settings) -> DyLoraMoE:
+    torch.manual_seed(0)
+    config = MoELoraConfig(num_experts=3, r=4, init_lora_weights=False, **{"router_layer": 1, **settings})
+    return DyLoraMoE.from_base(tiny_base(), config).double().eval()
+
+
+def weights_of(model: DyLoraMoE) -> list[tuple[int, torch.Tensor]]:
+    return [(p.data_ptr(), p.detach().clone()) for p in model.parameters()]
+
+
+def assert_as_before(model: DyLoraMoE, before: list[tuple[int, torch.Tensor]]) -> None:
+    for (pointer, values), parameter in zip(before, model.parameters(), strict=True):
+        assert parameter.data_ptr() == pointer
+        assert torch.equal(parameter, values)
+    assert not model.routing.folded
+
+
+IDS = torch.arange(12).view(1, 12)
+CASES = {
+    "forced": ({}, {"experts": "expert_1"}, 1),
+    "forced, two rows": ({}, {"experts": ["expert_1", "expert_1"]}, 2),
+    "base": ({}, {"experts": "base"}, 1),
+    "weights": ({}, {"routing_weights": torch.tensor([0.2, 0.0, 0.8])}, 2),
+    "sequence": ({"granularity": "sequence"}, {}, 1),
+    "some layers mix on": ({"lora_bias": True, "target_modules": ["q_proj"]}, {"experts": "expert_0"}, 1),
+    "routing pass": ({"granularity": "sequence", "router_layer": "last"}, {}, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folded_generation_equals_the_mixed_one(case):
+    settings, call, rows = CASES[case]
+    model = mixture(**settings)
+    before = weights_of(model)
+    arguments = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        **call,
+    }
+    expected = model.generate(IDS.repeat(rows, 1), **arguments)
+    base = model.generate(IDS.repeat(rows, 1), **{**arguments, "routing_weights": None, "experts": "base"})
+    found = model.generate(IDS.repeat(rows, 1), fold=True, **arguments)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other, bare in zip(found.logits, expected.logits, base.logits, strict=True):
+        assert difference(one, other) <= 1e-6
+        assert (case == "base") == torch.equal(other, bare)
+    assert_as_before(model, before)
+
+
+def test_layers_are_folded_while_it_runs_and_restored_after_an_error():
+    model = mixture()
+    before, seen = weights_of(model), []
+
+    def stop(ids, scores):
+        seen.append(dict(model.routing.folded))
+        if len(seen) == 3:
+            raise RuntimeError("stop")
+        return scores
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(IDS, experts="expert_0", fold=True, max_new_tokens=6, logits_processor=[stop])
+    adapted = {layer.routing_name for layer in model._layers}
+    assert all(set(folded) == adapted for folded in seen)
+    assert_as_before(model, before)
+
+
+def test_another_call_in_between_sees_the_original_weights():
+    model = mixture()
+    expected = {name: model(IDS, experts=name).logits for name in ("base", "expert_2")}
+    routed = model(IDS).logits
+    whole = model.generate(IDS, experts="expert_0", max_new_tokens=5, do_sample=False)
+
+    def look(ids, scores):
+        for name, logits in expected.items():
+            assert torch.equal(model(IDS, experts=name).logits, logits)
+        assert torch.equal(model(IDS).logits, routed)
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, expected["base"])
+        return scores
+
+    found = model.generate(
+        IDS, experts="expert_0", fold=True, max_new_tokens=5, do_sample=False, logits_processor=[look]
+    )
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "rows", "message"),
+    [
+        ({}, {}, 1, "routing per token changes"),
+        ({"granularity": "sequence"}, {}, 2, "one mixture at a time"),
+        ({}, {"experts": ["expert_0", "expert_1"]}, 2, "one mixture at a time"),
+        ({}, {"experts": ["expert_0", None]}, 2, "one mixture at a time"),
+        ({}, {"routing_weights": torch.ones(2, 3) / 3}, 2, "one mixture at a time"),
+    ],
+)
+def test_what_is_not_one_fixed_mixture_is_refused(settings, call, rows, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(**settings).generate(IDS.repeat(rows, 1), fold=True, max_new_tokens=2, **call)
+
+
+def test_folding_twice_keeps_the_first_original():
+    model = mixture()
+    before = weights_of(model)
+    for weights in ([1.0, 0.0, 0.0], [0.0, 0.5, 0.5]):
+        fold(model, torch.tensor(weights))
+    unfold(model)
+    assert_as_before(model, before)
