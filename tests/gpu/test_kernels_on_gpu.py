@@ -147,8 +147,7 @@ def test_a_mixture_on_the_gpu_equals_the_reference_loop():
     ids = tokens(2, 40).cuda()
     results = []
     for form in ("auto", "reference"):
-        model = tiny_mixture(r=16).cuda().train()
-        model.routing.form = form
+        model = tiny_mixture(r=16, mixing_form=form).cuda().train()
         loss = model(ids, labels=ids).loss
         loss.backward()
         results.append((loss, gradients(model)))
