@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dylora_moe.mixing import kernels, launch
-from tiny import difference
+from tiny import assert_same_gradients, difference, gradients, tiny_mixture, tokens
 
 TOLERANCE = 2e-6
 RAGGED = [(1, 1, 1, 1), (3, 17, 5, 33), (20, 700, 37, 16), (70, 65, 130, 129), (1, 600, 24, 40), (300, 40, 20, 70)]
@@ -214,3 +214,25 @@ def test_full_graph_of_a_layer_forward_and_backward():
         for a, b in zip(*gradients, strict=True):
             assert difference(a, b) <= TOLERANCE
         assert difference(torch.compile(decode, fullgraph=True, backend="aot_eager")(*inputs), expected) <= TOLERANCE
+
+
+def test_a_mixture_through_the_kernels(monkeypatch):
+    """The layers call them, with and without gradients, and give the plain run's numbers."""
+    model, ids = tiny_mixture(mixing_form="dense"), tokens()
+    calls = []
+    for name in ("shrink", "expand_"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    found = []
+    for available in (True, False):
+        if not available:
+            assert set(calls) == {"shrink", "expand_"}
+            monkeypatch.setattr(kernels, "available", lambda x: False)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        with torch.no_grad():
+            found.append((output.logits.detach(), model(ids).logits, gradients(model)))
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        assert difference(one, other) <= TOLERANCE
+    assert_same_gradients(found[0][2], found[1][2], 1e-5)

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig
 from torch import nn
 
@@ -80,6 +81,7 @@ class MoELoraConfig(LoraConfig):
     mixing_form: str = "auto"
     recompute_shrink: bool = False
     task_type: Any = field(default="CAUSAL_LM")
+    temperature_tensor: ClassVar[torch.Tensor]
 
     def __post_init__(self):
         if self.layers_pattern:
@@ -125,6 +127,8 @@ class MoELoraConfig(LoraConfig):
             except ValueError:
                 super().__setattr__(name, before)
                 raise
+        if name == "temperature" and _is_finite(value):  # a compiled graph reads this one, and so serves every value
+            self.__dict__["temperature_tensor"] = torch.tensor(float(value))
 
     def validate(self) -> None:
         """Check every routing field; called at construction and before a mixture is built."""

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import check_mixable
 from .holder import Routing
 from .mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, reference_mixture
-from .mixing.member import LayerExperts, Member, first_columns, lay_side_by_side, remember
+from .mixing.member import LayerExperts, Member, lay_side_by_side, remember
 from .recompute import keep_routing_in_checkpoints
 from .request import check_weights, input_shape
 
@@ -144,15 +144,18 @@ def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
         return None
     own_A, own_B, drops = (part._modules for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if tuple(own_A) == names:
-        present, columns = names, first_columns(len(names))
+        present, columns = names, tuple(range(len(names)))
     else:
         present = tuple(name for name in names if name in own_A)
         columns = tuple(names.index(name) for name in present)
     if layer.lora_variant and any(name in layer.lora_variant for name in present):
         return None
-    rates = {drop.p if drop.training else 0.0 for name in present if type(drop := drops[name]) is nn.Dropout}
-    if len(rates) > 1 or (rates and any(type(drops[name]) is not nn.Dropout for name in present)):
-        return None  # experts with different dropout need a mask each
+    rates: set[float] = set()
+    for name in present:
+        drop = drops[name]
+        rates.add(drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
+    if len(rates) > 1:  # experts with different dropout need a mask each
+        return None
     lora_A = [own_A[name].weight for name in present]
     experts = LayerExperts(
         columns=columns,

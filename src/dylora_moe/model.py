@@ -345,7 +345,16 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         if weights is not None:
             return Request(weights=check_weights(weights, self.num_experts, batch, length))
         experts = check_experts(experts, self.expert_names, batch)
-        return Request(experts=self._default_experts if experts is None else experts)
+        request = Request(experts=self._default_experts if experts is None else experts)
+        request.one_hot = passes.forced_weights(self, request)
+        return request
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`torch.compile` the base with its routed layers; arguments as there.
+
+        What a call asks for is decided outside the graph, so that one graph serves every forced expert.
+        """
+        self.get_base_model().compile(*args, **kwargs)
 
     @contextmanager
     def _call(self, request: Request) -> Iterator[None]:

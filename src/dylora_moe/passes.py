@@ -56,6 +56,10 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
         model.routing.mix(tuple(model.expert_names), decision.weights)
         _fold(model, request, decision)
         return (), kwargs
+    if torch.compiler.is_compiling() and request.one_hot is not None:  # one graph for every forced expert
+        decision.weights = _per_row(request.one_hot, batch)
+        model.routing.mix(tuple(model.expert_names), decision.weights, active=1)
+        return (), kwargs
     decision.columns = _columns(model, request, batch)
     if decision.forced and not (model.touch_all_experts and torch.is_grad_enabled()):
         _force(model, decision)
@@ -160,9 +164,7 @@ def _force(model: DyLoraMoE, decision: Decision) -> None:
     columns = [c for c in decision.columns or [] if c is not None]
     used = sorted({c for c in columns if c >= 0})
     decision.weights = one_hot = _one_hot(model, decision)
-    if torch.compiler.is_compiling():  # one graph for every forced expert
-        model.routing.mix(tuple(names), one_hot, active=1)
-    elif len(set(columns)) == 1:
+    if len(set(columns)) == 1:
         model.routing.force([names[c] for c in used])
     else:  # unused experts must get no gradient, not a zero one
         model.routing.mix(tuple(names[c] for c in used), one_hot[..., used])
@@ -172,6 +174,16 @@ def _fold(model: DyLoraMoE, request: Request, decision: Decision) -> None:
     """Fold the weights of this pass, which are those of every further one, if the request says so."""
     if request.fold and not model.routing.folded and decision.weights is not None:
         fold(model, decision.weights[0, 0])
+
+
+def forced_weights(model: DyLoraMoE, request: Request) -> Tensor | None:
+    """`[B or 1, 1, E]` one-hot weights of a request that forces every row; None for others."""
+    entries = [request.experts] if isinstance(request.experts, str) else request.experts
+    if entries is None or None in entries:
+        return None
+    columns = _columns(model, request, len(entries)) or []
+    columns = [None if c == -1 else c for c in columns]
+    return policies.one_hot_weights(columns, model.num_experts, next(model.router.parameters()).device)
 
 
 def _one_hot(model: DyLoraMoE, decision: Decision) -> Tensor:

@@ -60,5 +60,6 @@ class Policy:
 
     def _policy(self: DyLoraMoE, logits: Tensor) -> Tensor:  # type: ignore[misc]
         """Weights of all router outputs: dense in training unless `train_top_k`, the best `top_k` in evaluation."""
-        k, temperature = self._active_experts(), self.moe_config.temperature
+        k, config = self._active_experts(), self.moe_config
+        temperature = config.temperature_tensor if torch.compiler.is_compiling() else config.temperature
         return routing.dense(logits, temperature) if k is None else routing.top_k(logits, k, temperature)

@@ -28,6 +28,7 @@ class Request:
         labels: `[B, S]`, which tell sequence granularity where the prompt ends.
         prompt_length: in `generate`, the number of prompt positions.
         held: router scores `[B, 1, n]` held for a whole sequence.
+        one_hot: `[B or 1, 1, E]` of `experts` where every row is forced, for compiled graphs.
         fold: fold the fixed mixture into the weights for the length of the generation.
     """
 
@@ -38,6 +39,7 @@ class Request:
     prompt_length: int | None = None
     packed_rows: bool = False
     held: Tensor | None = None
+    one_hot: Tensor | None = field(default=None, repr=False)
     fold: bool = False
     decision: Decision | None = field(default=None, repr=False)
 

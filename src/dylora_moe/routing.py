@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def dense(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Softmax over all outputs: `[..., E]` weights that sum to 1."""
     return F.softmax(logits / temperature, dim=-1)
 
 
-def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> Tensor:
+def top_k(logits: Tensor, k: int, temperature: float | Tensor = 1.0) -> Tensor:
     """Softmax over the `k` best logits and zero elsewhere (Shazeer et al., arXiv 1701.06538, eq. 3-5).
 
     Ties go to the lowest index, so that the choice depends on neither E nor the memory layout.

@@ -17,6 +17,12 @@ from tiny import assert_same_gradients, difference, gradients, tiny_mixture, tok
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")]
 
+
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch):
+    monkeypatch.setenv("DYLORA_MOE_KERNELS", "1")
+
+
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 LAYERS = {"q": (4096, 4096), "kv": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096), "odd": (300, 77)}
 """D and O."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .member import Member, compute_dtype, first_columns
+from .member import Member, compute_dtype
 from .sparse import aligned
 
 FORMS = ("auto", "dense", "grouped", "gathered", "reference")
@@ -54,7 +54,7 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
     """
     if form == "dense" or active is None or active >= num_experts:
         return "dense"
-    every = first_columns(num_experts)
+    every = tuple(range(num_experts))
     if any(m.experts.columns != every for m in members):
         return "dense"
     if form == "gathered":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import kernels
 from .member import (
     LayerExperts,
     Member,
@@ -60,8 +61,16 @@ def dense_mixture(
     xd = F.dropout(x, dropout) if dropout else x
     A, Bs = remember(packed, dtype, lambda: (pack_A(members, dtype), pack_B(members, dtype)))
     gates = remember(memo, (experts, dtype, x.shape[0]), lambda: all_gates(experts, weights, dtype))
-    parts = (F.linear(xd.to(dtype), A) * gates).split([e.width for e in experts], dim=-1)
+    parts = shrink(xd.to(dtype), A, gates)[1].split([e.width for e in experts], dim=-1)
     return [expand(x, m, part, B) for m, part, B in zip(members, parts, Bs, strict=True)]
+
+
+def shrink(x: Tensor, A: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """`H = x · Aᵀ` and `H ⊙ gates`, both `[T, ΣR]`."""
+    if kernels.available(x):
+        return kernels.shrink(x, A, gates)
+    H = F.linear(x, A)
+    return H, H * gates
 
 
 def expand(x: Tensor, member: Member, gated: Tensor, B: Tensor) -> Tensor:
@@ -69,6 +78,8 @@ def expand(x: Tensor, member: Member, gated: Tensor, B: Tensor) -> Tensor:
     if member.weight is None:
         return gated @ B.T
     y = F.linear(x, member.weight, member.bias)
+    if kernels.available(y):
+        return kernels.expand(y, gated, B) if torch.is_grad_enabled() else kernels.expand_(y, gated, B)
     if torch.compiler.is_compiling():
         return y + gated @ B.T
     return y.addmm_(gated, B.T)
@@ -99,8 +110,9 @@ class _DenseMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weights, experts, seed: int, recompute: bool, *tensors):
         members, dtype = members_from(experts, tensors), compute_dtype(x)
-        H = _shrink(x, members, seed, dtype)
-        parts = (H * all_gates(experts, weights, dtype)).split([e.width for e in experts], dim=-1)
+        xd = _dropped(x, members, seed, dtype)
+        H, gated = shrink(xd, pack_A(members, dtype), all_gates(experts, weights, dtype))
+        parts = gated.split([e.width for e in experts], dim=-1)
         ctx.set_materialize_grads(False)
         ctx.experts, ctx.seed, ctx.dtype = experts, seed, dtype
         ctx.save_for_backward(x, None if recompute else H, weights, *tensors)
@@ -117,7 +129,7 @@ class _DenseMixture(torch.autograd.Function):
         need = members_from(experts, ctx.needs_input_grad[5:])
         dys = [None if dy is None else dy.to(dtype) for dy in grad_outputs]
         if H is None:
-            H = _shrink(x, members, ctx.seed, dtype)
+            H = F.linear(_dropped(x, members, ctx.seed, dtype), pack_A(members, dtype))
         gates, packed = all_gates(experts, weights, dtype), pack_B(members, dtype)
         widths = [own.width for own in experts]
         gated, grads = (H * gates).split(widths, dim=-1), []
@@ -155,9 +167,9 @@ class _DenseMixture(torch.autograd.Function):
         return dx, dweights, None, None, None, *[g for grad in grads for g in grad]
 
 
-def _shrink(x: Tensor, members: Sequence[Member], seed: int, dtype: torch.dtype) -> Tensor:
+def _dropped(x: Tensor, members: Sequence[Member], seed: int, dtype: torch.dtype) -> Tensor:
     p = members[0].experts.dropout
-    return F.linear((x * dropout_mask(x, p, seed) if p else x).to(dtype), pack_A(members, dtype))
+    return (x * dropout_mask(x, p, seed) if p else x).to(dtype)
 
 
 def _split(grad: Tensor, ranks: tuple[int, ...], dim: int, like: Sequence[Tensor], need: Sequence[Any]) -> list:

@@ -28,13 +28,17 @@ _OLDEST_GPU = 8  # compute capability; older ones have no bfloat16
 
 
 def available(x: Tensor) -> bool:
-    """Whether the kernels can run on tensors like `x`: triton is installed and x is bf16, fp16 or fp32 on a GPU.
+    """Whether the layers use the kernels on tensors like `x`: triton is installed and x is bf16, fp16 or fp32 on a GPU.
 
-    With `TRITON_INTERPRET=1` in the environment, float32 on the CPU will do (triton's interpreter; for tests).
+    On a GPU they are used where `DYLORA_MOE_KERNELS=1` is in the environment: no measurement says yet on which shapes
+    they beat torch (`benchmarks/gpu.sh` makes it). With `TRITON_INTERPRET=1`, float32 on the CPU will do (triton's
+    interpreter; for tests).
     """
     if not _INSTALLED:
         return False
     if x.device.type == "cuda" and not _INTERPRETED:
+        if os.environ.get("DYLORA_MOE_KERNELS") != "1":
+            return False
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return False
         return torch.version.hip is not None or torch.cuda.get_device_properties(x.device).major >= _OLDEST_GPU

@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
-
-
-@cache
-def first_columns(count: int) -> tuple[int, ...]:
-    """0, 1, …: the columns of a layer that carries all experts in their order."""
-    return tuple(range(count))
 
 
 class LayerExperts(NamedTuple):
@@ -48,7 +41,7 @@ class LayerExperts(NamedTuple):
     def gates(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """`(w · s)[expert_of_row]` of `weights [T, E]`: one gate per row of A_cat, `[T, ΣR]`."""
         weights = weights.to(torch.promote_types(weights.dtype, dtype))
-        if self.columns != first_columns(weights.shape[-1]):
+        if self.columns != tuple(range(weights.shape[-1])):
             weights = weights.index_select(-1, torch.tensor(self.columns, device=weights.device))
         gates = weights * self.scaling_row(weights)
         if self.ranks.count(self.ranks[0]) == len(self.ranks):
@@ -66,7 +59,7 @@ class LayerExperts(NamedTuple):
         else:
             sums = torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(self.ranks, dim=-1)], dim=-1)
         sums = (sums * self.scaling_row(sums)).to(weights.dtype)
-        if self.columns == first_columns(weights.shape[-1]):
+        if self.columns == tuple(range(weights.shape[-1])):
             return sums
         return torch.zeros_like(weights).index_copy_(-1, torch.tensor(self.columns, device=sums.device), sums)
 

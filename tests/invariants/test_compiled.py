@@ -1,0 +1,87 @@
+"""Compiled mixtures: full graphs, few of them, and the plain run's numbers."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dylora_moe import DyLoraMoE, MoELoraConfig
+from tiny import difference
+from tinybase import tiny_base
+
+SETTINGS = {"dense": {"top_k": 4}, "top-2": {"top_k": 2}, "pass before": {"router_layer": "last"}}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def mixture(**settings) -> DyLoraMoE:
+    torch.manual_seed(0)
+    config = MoELoraConfig(num_experts=4, r=4, init_lora_weights=False, **{"router_layer": 1, **settings})
+    return DyLoraMoE.from_base(tiny_base(), config).eval()
+
+
+def graphs() -> int:
+    return counters["stats"].get("unique_graphs", 0)
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.randint(2, 60, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_graphs_serve_every_length_new_weights_and_temperatures(name):
+    plain, fast = mixture(**SETTINGS[name]), mixture(**SETTINGS[name])
+    fast.compile(backend="aot_eager", fullgraph=True)
+    for length in (12, 17, 23, 31):
+        assert difference(fast(ids(length), use_cache=False).logits, plain(ids(length), use_cache=False).logits) <= 1e-5
+    assert 1 <= graphs() <= 2
+    assert not counters["graph_break"]
+    before = graphs()
+    for model in (plain, fast):
+        model.moe_config.temperature = 0.5
+        for parameter in model.parameters():
+            parameter.data.mul_(1.01)
+    assert difference(fast(ids(17), use_cache=False).logits, plain(ids(17), use_cache=False).logits) <= 1e-5
+    assert graphs() == before
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_forced_expert():
+    plain, fast = mixture(), mixture()
+    fast.compile(backend="aot_eager", fullgraph=True)
+    seen = []
+    for experts in ("expert_1", "expert_2", "expert_0", "base"):
+        found = fast(ids(12), use_cache=False, experts=experts)
+        expected = plain(ids(12), use_cache=False, experts=experts)
+        assert difference(found.logits, expected.logits) <= 1e-5
+        assert torch.equal(found.routing_weights, expected.routing_weights)
+        seen.append(graphs())
+    assert seen == [1, 1, 1, 1]
+
+
+def test_compiled_training_step_is_one_graph_with_the_plain_gradients():
+    plain, fast = mixture().train(), mixture().train()
+    fast.compile(backend="aot_eager", fullgraph=True)
+    for model in (plain, fast):
+        model(ids(12), labels=ids(12), use_cache=False).loss.backward()
+    for (name, one), other in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        assert one.grad is None or difference(one.grad, other.grad) <= 1e-4, name
+    assert graphs() == 1
+
+
+def test_compiled_decoding_with_a_static_cache():
+    plain, fast = mixture(), mixture()
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    fast.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(fast.generate(ids(12), **options), plain.generate(ids(12), **options))
+    assert not counters["graph_break"]
+    once = graphs()
+    assert torch.equal(fast.generate(ids(12), **options), plain.generate(ids(12), **options))
+    assert graphs() == once <= 3  # the prompt, the tokens, and one more for the number of positions
