@@ -82,11 +82,14 @@ def train(
         launch.processes(launch.arguments(recipe, overrides, resume, report, stage), num_processes)
         return
     job = Job(loaded, console if main_process else Console(quiet=True))
-    if jobs > 1:
-        job.begin(resume)
-        launch.stages(job, launch.arguments(recipe, overrides, resume=True), jobs, console)
-        resume = True
-    results = job.run(resume, stage)
+    if jobs == 1:
+        results = job.run(resume, stage)
+    else:
+        job.read_data()
+        with job.locked():
+            job.begin(resume)
+            launch.stages(job, launch.arguments(recipe, overrides, resume=True), jobs, console)
+            results = job.run(resume=True)
     if results is None:
         return
     for table in results_tables(results):

@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.training.job import Job
+from dylora_moe.training.lock import FolderLock
 from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
 from dylora_moe.training.run_folder import differences
 from dylora_moe.training.schema import RecipeError
@@ -87,6 +89,29 @@ def test_stages_do_not_hang_on_one_another(content, tmp_path):
 def test_only_an_unknown_stage_is_refused(content):
     with pytest.raises(ValueError, match="no stage 'expert-law'; the stages are expert-date"):
         run(content(**STAGED), only="expert-law")
+
+
+def test_stages_one_after_another_equal_the_whole_run(content, tmp_path):
+    """The router's stage goes on from the experts that were trained, and the joint one from all of them."""
+    run(content(**STAGED))
+    Job(parse_recipe(content("apart", **STAGED)), QUIET).begin()
+    for stage in ("expert-date", "expert-cart", "router", "joint"):
+        run(content("apart", **STAGED), only=stage)
+    run(content("apart", **STAGED), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "apart")
+
+
+def test_a_stage_alone_needs_its_run_and_the_stages_before_it(content, capsys):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(content(**STAGED), only="expert-date")
+    Job(parse_recipe(content(**STAGED)), QUIET).begin()
+    with pytest.raises(RecipeError, match=r"learning_rate was 0\.01, is 5"):
+        run(content(**STAGED, learning_rate=5), only="expert-date")
+    run(content(**STAGED), only="expert-date")
+    with pytest.raises(ValueError, match=r"stage router goes on from expert-cart, which is not finished.*expert-cart"):
+        run(content(**STAGED), only="router")
+    Job(parse_recipe(content(**STAGED)), Console()).run(only="expert-date")
+    assert "expert-date is already finished" in capsys.readouterr().out
 
 
 def test_router_method_leaves_adapters_as_they_were(content, tmp_path):
@@ -251,6 +276,34 @@ def test_unfinished_work_is_not_thrown_away(content, tmp_path):
     with pytest.raises(ValueError, match=r"cut off .*--resume"):
         run(content(max_steps=2))
     assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / "run").items())
+
+
+def test_a_run_that_cannot_start_leaves_the_finished_one(content, tmp_path, capsys):
+    run(content(max_steps=2))
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    broken = content(max_steps=2)
+    broken["mixture"]["target_modules"] = ["no_such_layer"]
+    with pytest.raises(ValueError, match="no_such_layer"):
+        run(broken)
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    Job(parse_recipe(content(max_steps=2)), Console(width=1000)).run()
+    assert f"The finished run in {tmp_path / 'run'} is replaced." in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_trained_is_left_alone(content, tmp_path):
+    with FolderLock(tmp_path / "run").hold(), pytest.raises(ValueError, match=f"pid {os.getpid()}"):
+        run(content(max_steps=2))
+
+
+def test_resume_with_other_data_is_refused(content, tmp_path):
+    file = tmp_path / "date.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    changed = content(max_steps=2)
+    changed["experts"]["date"]["data"] = {"train": str(file)}
+    run(changed)
+    file.write_text('{"prompt": "a", "completion": "c"}\n')
+    with pytest.raises(RecipeError, match=r"begun with other data for 'date' \(1 examples"):
+        run(changed, resume=True)
 
 
 def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path):

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
+from .lock import FolderLock
 from .recipe import Recipe
 from .schema import RecipeError
 from .stages import Stage
@@ -53,26 +55,39 @@ class RunFolder:
     def __init__(self, recipe: Recipe, world_size: int = 1):
         self.recipe, self.world_size = recipe, world_size
         self.path = Path(recipe.output)
+        self.lock = FolderLock(self.path)
 
-    def start(self, resume: bool) -> None:
-        """Begin the run, or check that it can be gone on with; an earlier finished run is replaced.
+    def check(self, resume: bool, data: Mapping[str, str]) -> None:
+        """Whether the run can begin, or with `resume` be gone on with.
+
+        Args:
+            resume: the run was begun before.
+            data: domain → fingerprint of its training examples.
 
         Raises:
             ValueError: the folder is a file, or holds unfinished work and `resume` is not asked for.
-            RecipeError: `resume`, but the recipe or the number of processes is another one.
-            CheckpointError: `resume`, but there is no run; or the folder cannot be written.
+            RecipeError: `resume`, but the recipe, the data or the number of processes is another one.
+            CheckpointError: `resume`, but there is no run.
         """
         if self.path.is_file():
             raise ValueError(f"output: {self.path} is a file; give a folder.")
         if resume:
-            self._check_same()
+            self._check_same(data)
             return
         begun = [folder for folder in self._stage_folders() if last_complete(folder) or is_finished(folder)]
-        if begun and not (self.path / RESULTS_FILE).is_file():
+        if begun and not self.is_finished:
             raise ValueError(
                 f"{self.path} holds a run that was cut off (stage {begun[-1].name}): go on with --resume, give another "
                 "--output, or remove the folder."
             )
+
+    def start(self, data: Mapping[str, str]) -> bool:
+        """Begin the run; whether a finished one was replaced.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        replaced = self.is_finished
         try:
             shutil.rmtree(self.path / STAGES, ignore_errors=True)
             for name in (RESULTS_FILE, HISTORY_FILE):
@@ -80,9 +95,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
             write(self.path / RECIPE_FILE, text)
-            write(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(), indent=2) + "\n")
+            write(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(data), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}. Nothing was trained.") from error
+        return replaced
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a run that came to its end."""
+        return (self.path / RESULTS_FILE).is_file()
 
     def stage(self, stage: Stage) -> Path:
         """The folder of a stage."""
@@ -102,17 +123,18 @@ class RunFolder:
         folder = self.path / STAGES
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
-    def _environment(self) -> dict[str, Any]:
+    def _environment(self, data: Mapping[str, str]) -> dict[str, Any]:
         return {
             "versions": {name: found for name in PACKAGES if (found := _version(name))},
             "seed": self.recipe.seed,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "world_size": self.world_size,
+            "data": dict(data),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
 
-    def _check_same(self) -> None:
+    def _check_same(self, data: Mapping[str, str]) -> None:
         file = self.path / RECIPE_FILE
         try:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -131,6 +153,12 @@ class RunFolder:
                 f"{self.path} was begun with another recipe, so it cannot be resumed: {'; '.join(changed)}. Go back to "
                 "these values, or start afresh with another --output."
             )
+        for name, before in (environment.get("data") or {}).items():
+            if data.get(name) != before:
+                raise RecipeError(
+                    f"{self.path} was begun with other data for {name!r} ({before}; now {data.get(name)}), so it "
+                    "cannot be resumed. Bring the old data back, or start afresh with another --output."
+                )
         if environment.get("world_size") != self.world_size:
             raise RecipeError(
                 f"{self.path} was begun with {environment.get('world_size')} processes; resume with as many, not with "
