@@ -94,7 +94,9 @@ def gradient_table(report: Mapping[str, GradientStats]) -> Table:
 
 
 def results_tables(results: Results) -> list[Table]:
-    """Held-out results per domain, and the load of each expert per domain."""
+    """Held-out results per domain, and the load of each expert per domain; none without held-out data."""
+    if not results.columns.get("base"):
+        return []
     shares = results.metric == "exact_match"
     title = "Held-out exact match" if shares else "Held-out loss (nats per completion token)"
     table = Table(title=title)

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
+from dylora_moe.display import results_tables
 from dylora_moe.training.job import Job
 from dylora_moe.training.lock import FolderLock
 from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
@@ -46,7 +47,7 @@ def stage_names(content: dict) -> list[str]:
 def test_stages_of_every_method(content):
     assert stage_names(content(max_steps=2)) == ["joint"]
     assert stage_names(content(**STAGED)) == ["expert-date", "expert-cart", "router", "joint"]
-    assert stage_names(content(method="router")) == ["router"]
+    assert stage_names({**content(method="router"), "mixture": {}, "start": "runs/x"}) == ["router"]
     alone = content(method="expert", expert="cart")
     for key in ("router_learning_rate", "domain_coefficient"):
         del alone["train"][key]
@@ -328,6 +329,22 @@ def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkey
     monkeypatch.undo()
     run(content(max_steps=4), resume=True)
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_tokens_stay_out_of_the_folder(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dylora-moe", "train", "--set", "train.hub_token=hf_secret"])
+    Job(parse_recipe(content(hub_token="hf_secret")), QUIET).begin()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) == 2
+    assert not any("hf_secret" in file.read_text() for file in files)
+
+
+def test_without_held_out_data_nothing_is_compared(content, tmp_path):
+    file = tmp_path / "date.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    results = run({**content(max_steps=1), "experts": {"date": {"data": {"train": str(file)}}}}).results
+    assert results.reloaded_identical is None
+    assert results_tables(results) == []
 
 
 def test_environment_and_recipe_are_kept(content, tmp_path):

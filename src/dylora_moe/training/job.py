@@ -53,7 +53,7 @@ class Job:
     """
 
     def __init__(self, recipe: Recipe, console: Console | None = None):
-        self.recipe, self.console = recipe, console or Console()
+        self.recipe, self.console = recipe, console or Console(emoji=False)
         self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.folder = RunFolder(recipe, self.world_size)
         self.stages = stages_of(recipe)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from dylora_moe.model import DyLoraMoE
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 from .lock import FolderLock
-from .recipe import Recipe
+from .recipe import SECRETS, Recipe
 from .schema import RecipeError
 from .stages import Stage
 
@@ -131,7 +132,7 @@ class RunFolder:
             "platform": platform.platform(),
             "world_size": self.world_size,
             "data": dict(data),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
         }
 
     def _check_same(self, data: Mapping[str, str]) -> None:
@@ -214,6 +215,11 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
             for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
+
+
+def _without_secrets(argument: str) -> str:
+    """A command line's argument; of `train.hub_token=…` only the key."""
+    return re.sub(rf"\b({'|'.join(SECRETS)})\s*=.*", r"\1=…", argument)
 
 
 def _version(package: str) -> str | None:
