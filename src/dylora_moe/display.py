@@ -60,7 +60,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     """What a run would train: its parameters, and its stages with their steps and tokens."""
     stages = Table(title=f"Plan (the router reads the input of layer {plan.router_layer})")
     stages.add_column("stage", no_wrap=True)
-    for title in ("trainable", "rows / epoch", "steps × rows", "tokens", "base passes"):
+    for title in ("trainable", "rows / epoch", "steps × rows", "tokens, about", "base passes"):
         stages.add_column(title, justify="right")
     for stage in plan.stages:
         steps = f"{stage.steps:,} × {stage.rows_per_step:,}"

@@ -18,6 +18,7 @@ from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.display import results_tables
 from dylora_moe.training.job import Job
 from dylora_moe.training.lock import FolderLock
+from dylora_moe.training.plan import plan
 from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
 from dylora_moe.training.run_folder import differences
 from dylora_moe.training.schema import RecipeError
@@ -356,6 +357,43 @@ def test_environment_and_recipe_are_kept(content, tmp_path):
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert isinstance(kept, Recipe)
     assert kept.to_dict() == parse_recipe(content(max_steps=1)).to_dict()
+
+
+@pytest.mark.parametrize(("name", "text"), [("recipe.yaml", ""), ("environment.json", "[]"), ("environment.json", "")])
+def test_damaged_descriptions_of_a_run_are_named(content, tmp_path, name, text):
+    Job(parse_recipe(content()), QUIET).begin()
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{name}.* start afresh"):
+        run(content(), resume=True)
+
+
+def test_a_damaged_history_is_named(content, tmp_path):
+    job = Job(parse_recipe(content()), QUIET)
+    folder = job.folder.stage(job.stages[0])
+    folder.mkdir(parents=True)
+    (folder / "history.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"joint/history\.json is damaged"):
+        job.folder.history(job.stages)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 5},
+        {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_the_plan_counts_the_steps_and_tokens_that_run(content, train):
+    """One epoch; the tokens are those that the trainer counted."""
+    recipe = content(num_train_epochs=1, logging_steps=1, **train)
+    [stage] = plan(parse_recipe(recipe)).stages
+    job = run(recipe)
+    rows = [row for row in job.folder.history(job.stages) if "loss" in row]
+    assert len(rows) == stage.steps
+    assert rows[-1]["num_tokens"] == pytest.approx(
+        stage.total_tokens, rel=0.1 if "dataloader_drop_last" in train else 0
+    )
 
 
 def test_differences_name_the_leaves():

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adapter
-from dylora_moe.files import CheckpointError
+from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
@@ -111,14 +111,17 @@ class RunFolder:
         return self.path / STAGES / stage.name
 
     def history(self, stages: list[Stage]) -> list[dict[str, Any]]:
-        """What the finished stages logged, each row with its stage."""
-        files = [(stage.name, self.stage(stage) / HISTORY_FILE) for stage in stages]
-        return [
-            {"stage": name, **row}
-            for name, file in files
-            if file.is_file()
-            for row in json.loads(file.read_text(encoding="utf-8"))
-        ]
+        """What the finished stages logged, each row with its stage.
+
+        Raises:
+            CheckpointError: a stage's file is damaged.
+        """
+        rows = []
+        for stage in stages:
+            file = self.stage(stage) / HISTORY_FILE
+            if file.is_file():
+                rows += [{"stage": stage.name, **row} for row in _read_history(file)]
+        return rows
 
     def _stage_folders(self) -> list[Path]:
         folder = self.path / STAGES
@@ -135,15 +138,25 @@ class RunFolder:
             "command": [Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])],
         }
 
-    def _check_same(self, data: Mapping[str, str]) -> None:
+    def _begun_with(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The recipe and the environment that the run was begun with."""
+        remedy = "Without it the run cannot be resumed; put it back, or start afresh with another --output."
         file = self.path / RECIPE_FILE
         try:
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
-            environment = json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            environment = read_json(self.path / ENVIRONMENT_FILE)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} holds no run to resume ({error.filename} is missing).") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {remedy}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+            raise CheckpointError(f"{file} cannot be read: {error} {remedy}") from error
+        if not isinstance(recipe, dict):
+            raise CheckpointError(f"{file} is empty or damaged. {remedy}")
+        return recipe, environment
+
+    def _check_same(self, data: Mapping[str, str]) -> None:
+        before, environment = self._begun_with()
         now = self.recipe.to_dict()
         for key in FREE_TO_CHANGE:
             before.pop(key, None)
@@ -215,6 +228,16 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
             for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
         ]
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
+
+
+def _read_history(file: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error}. Write [] into it to go on without what that stage logged."
+        ) from error
+    return rows
 
 
 def _without_secrets(argument: str) -> str:
