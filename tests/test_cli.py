@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.cli import app, main
+from dylora_moe.cli import app, console, errors, main
+from dylora_moe.training.recipe import load_recipe
 from tinybase import save_tiny_base
 
 runner = CliRunner()
@@ -167,6 +168,21 @@ def test_recipe_check_prints_the_defaults(recipe):
     assert resolved["train"]["mixing"] == "proportional"
 
 
+def test_recipe_check_prints_yaml_to_the_byte(recipe):
+    text = ":smile: [bold]a\tb " + "long " * 60
+    changed = {"one": {"data": {"skill": "date", "train": 4, "test": 1}, "lora": {}}}
+    path = recipe(experts=changed, output=text)
+    result = runner.invoke(app, ["recipe", "check", path], catch_exceptions=False)
+    assert result.stdout == yaml.safe_dump(load_recipe(path).to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@pytest.mark.parametrize("shown", [console, errors])
+def test_emoji_codes_are_left_alone(shown):
+    with shown.capture() as captured:
+        shown.print(":smile:")
+    assert captured.get() == ":smile:\n"
+
+
 def test_empty_and_broken_data_leave_no_output(recipe, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
@@ -188,6 +204,10 @@ def test_empty_and_broken_data_leave_no_output(recipe, tmp_path):
         (["generate", "no-such-folder", "hello"], "no such folder"),
         (["train", "{recipe}", "--set", "train.lerning_rate=1"], "learning_rate"),
         (["train", "{recipe}", "--set", "mixture.top_k=9"], "top_k=9"),
+        (["train", "{recipe}", "--output", ""], "output: empty"),
+        (["train", "{recipe}", "--jobs", "2"], "--jobs 2 trains the experts of `method: staged`"),
+        (["recipe", "check", "{recipe}", "--set", "train.optim=foo"], "foo"),
+        (["recipe", "check", "{recipe}", "--set", "base.model=no/where"], "base.model: no/where is no folder here"),
     ],
 )
 def test_mistakes_are_one_message(recipe, arguments, message, monkeypatch, capsys):
@@ -205,6 +225,13 @@ def test_module_entry_point_fails_without_a_traceback():
     assert done.returncode == 2
     assert "cannot read the recipe" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["2024", "a: b"])
+def test_output_is_taken_as_it_is(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    runner.invoke(app, ["train", "--no-report", recipe(), "--output", name], catch_exceptions=False)
+    assert (tmp_path / name / "results.json").is_file()
 
 
 def test_unknown_expert_is_named(recipe, tmp_path):

@@ -15,9 +15,10 @@ from transformers import set_seed
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.training.build import build_mixture, load_base
-from dylora_moe.training.job import Job, Results
+from dylora_moe.training.job import Job
 from dylora_moe.training.plan import plan
 from dylora_moe.training.recipe import Recipe, parse_recipe
+from dylora_moe.training.results import Results
 from dylora_moe.training.run_folder import is_finished
 from tinybase import save_tiny_base
 

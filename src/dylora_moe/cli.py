@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -27,8 +28,8 @@ app = typer.Typer(
 recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 app.command()(bench)
-console = Console(stderr=False)
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 def _print_version(asked: bool) -> None:
@@ -75,20 +76,28 @@ def train(
     from .training.job import Job
     from .training.recipe import load_recipe
 
-    overrides = [*(overrides or []), *([f"output={output}"] if output else [])]
+    overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]
     if baseline:
         overrides.append("eval.baseline=true")
     loaded = load_recipe(recipe, overrides)
+    if jobs > 1 and (loaded.train.method != "staged" or num_processes > 1 or stage is not None):
+        raise ValueError(
+            f"--jobs {jobs} trains the experts of `method: staged` side by side, each in one process; leave it out "
+            "with another method, with --num-processes and with --stage."
+        )
     main_process = os.environ.get("RANK", "0") == "0"
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         launch.processes(launch.arguments(recipe, overrides, resume, report, stage), num_processes)
         return
     job = Job(loaded, console if main_process else Console(quiet=True))
-    if jobs > 1:
-        job.begin(resume)
-        launch.stages(job, launch.arguments(recipe, overrides, resume=True), jobs, console)
-        resume = True
-    results = job.run(resume, stage)
+    if jobs == 1:
+        results = job.run(resume, stage)
+    else:
+        job.read_data()
+        with job.locked():
+            job.begin(resume)
+            launch.stages(job, launch.arguments(recipe, overrides, resume=True), jobs, console)
+            results = job.run(resume=True)
     if results is None:
         return
     for table in results_tables(results):
@@ -181,7 +190,10 @@ def report(directory: Annotated[Path, typer.Argument(help="The output folder of 
 
 @recipes.command("check")
 def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None) -> None:
-    """Validate a recipe and its data; print it with every default written out, and what it would train.
+    """Validate a recipe and its data; print it with the defaults of its own keys, and what it would train.
+
+    Fields of SFTConfig (in train) and of MoELoraConfig (in mixture) that the recipe leaves out keep the defaults of
+    dylora-moe and of TRL, and are not listed.
 
     The resolved recipe goes to standard output and can be kept as a file; the plan goes to standard error.
 
@@ -195,7 +207,7 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     loaded = load_recipe(recipe, overrides or [])
     tables = plan_tables(plan(loaded))
     text = yaml.safe_dump(loaded.to_dict(), sort_keys=False, allow_unicode=True)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    typer.echo(text, nl=False)  # to the byte; a console would wrap it, and expand tabs
     for table in tables:
         errors.print(table)
 

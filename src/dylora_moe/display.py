@@ -12,8 +12,8 @@ from torch import Tensor
 from .trace import GradientStats, ParameterReport, RoutingTrace
 
 if TYPE_CHECKING:
-    from .training.job import Results
     from .training.plan import Plan
+    from .training.results import Results
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 TITLES = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}
@@ -60,7 +60,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     """What a run would train: its parameters, and its stages with their steps and tokens."""
     stages = Table(title=f"Plan (the router reads the input of layer {plan.router_layer})")
     stages.add_column("stage", no_wrap=True)
-    for title in ("trainable", "rows / epoch", "steps × rows", "tokens", "base passes"):
+    for title in ("trainable", "rows / epoch", "steps × rows", "tokens, about", "base passes"):
         stages.add_column(title, justify="right")
     for stage in plan.stages:
         steps = f"{stage.steps:,} × {stage.rows_per_step:,}"
@@ -94,7 +94,9 @@ def gradient_table(report: Mapping[str, GradientStats]) -> Table:
 
 
 def results_tables(results: Results) -> list[Table]:
-    """Held-out results per domain, and the load of each expert per domain."""
+    """Held-out results per domain, and the load of each expert per domain; none without held-out data."""
+    if not results.columns.get("base"):
+        return []
     shares = results.metric == "exact_match"
     title = "Held-out exact match" if shares else "Held-out loss (nats per completion token)"
     table = Table(title=title)

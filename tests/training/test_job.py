@@ -11,10 +11,14 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
+from dylora_moe.display import results_tables
 from dylora_moe.training.job import Job
+from dylora_moe.training.lock import FolderLock
+from dylora_moe.training.plan import plan
 from dylora_moe.training.recipe import Recipe, load_recipe, parse_recipe
 from dylora_moe.training.run_folder import differences
 from dylora_moe.training.schema import RecipeError
@@ -44,7 +48,7 @@ def stage_names(content: dict) -> list[str]:
 def test_stages_of_every_method(content):
     assert stage_names(content(max_steps=2)) == ["joint"]
     assert stage_names(content(**STAGED)) == ["expert-date", "expert-cart", "router", "joint"]
-    assert stage_names(content(method="router")) == ["router"]
+    assert stage_names({**content(method="router"), "mixture": {}, "start": "runs/x"}) == ["router"]
     alone = content(method="expert", expert="cart")
     for key in ("router_learning_rate", "domain_coefficient"):
         del alone["train"][key]
@@ -87,6 +91,29 @@ def test_stages_do_not_hang_on_one_another(content, tmp_path):
 def test_only_an_unknown_stage_is_refused(content):
     with pytest.raises(ValueError, match="no stage 'expert-law'; the stages are expert-date"):
         run(content(**STAGED), only="expert-law")
+
+
+def test_stages_one_after_another_equal_the_whole_run(content, tmp_path):
+    """The router's stage goes on from the experts that were trained, and the joint one from all of them."""
+    run(content(**STAGED))
+    Job(parse_recipe(content("apart", **STAGED)), QUIET).begin()
+    for stage in ("expert-date", "expert-cart", "router", "joint"):
+        run(content("apart", **STAGED), only=stage)
+    run(content("apart", **STAGED), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "apart")
+
+
+def test_a_stage_alone_needs_its_run_and_the_stages_before_it(content, capsys):
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(content(**STAGED), only="expert-date")
+    Job(parse_recipe(content(**STAGED)), QUIET).begin()
+    with pytest.raises(RecipeError, match=r"learning_rate was 0\.01, is 5"):
+        run(content(**STAGED, learning_rate=5), only="expert-date")
+    run(content(**STAGED), only="expert-date")
+    with pytest.raises(ValueError, match=r"stage router goes on from expert-cart, which is not finished.*expert-cart"):
+        run(content(**STAGED), only="router")
+    Job(parse_recipe(content(**STAGED)), Console()).run(only="expert-date")
+    assert "expert-date is already finished" in capsys.readouterr().out
 
 
 def test_router_method_leaves_adapters_as_they_were(content, tmp_path):
@@ -253,6 +280,34 @@ def test_unfinished_work_is_not_thrown_away(content, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / "run").items())
 
 
+def test_a_run_that_cannot_start_leaves_the_finished_one(content, tmp_path, capsys):
+    run(content(max_steps=2))
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    broken = content(max_steps=2)
+    broken["mixture"]["target_modules"] = ["no_such_layer"]
+    with pytest.raises(ValueError, match="no_such_layer"):
+        run(broken)
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    Job(parse_recipe(content(max_steps=2)), Console(width=1000)).run()
+    assert f"The finished run in {tmp_path / 'run'} is replaced." in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_trained_is_left_alone(content, tmp_path):
+    with FolderLock(tmp_path / "run").hold(), pytest.raises(ValueError, match=f"pid {os.getpid()}"):
+        run(content(max_steps=2))
+
+
+def test_resume_with_other_data_is_refused(content, tmp_path):
+    file = tmp_path / "date.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    changed = content(max_steps=2)
+    changed["experts"]["date"]["data"] = {"train": str(file)}
+    run(changed)
+    file.write_text('{"prompt": "a", "completion": "c"}\n')
+    with pytest.raises(RecipeError, match=r"begun with other data for 'date' \(1 examples"):
+        run(changed, resume=True)
+
+
 def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((CheckpointError, ValueError), match="file"):
@@ -277,6 +332,22 @@ def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkey
     assert (tmp_path / "run" / "results.json").is_file()
 
 
+def test_tokens_stay_out_of_the_folder(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dylora-moe", "train", "--set", "train.hub_token=hf_secret"])
+    Job(parse_recipe(content(hub_token="hf_secret")), QUIET).begin()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) == 2
+    assert not any("hf_secret" in file.read_text() for file in files)
+
+
+def test_without_held_out_data_nothing_is_compared(content, tmp_path):
+    file = tmp_path / "date.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    results = run({**content(max_steps=1), "experts": {"date": {"data": {"train": str(file)}}}}).results
+    assert results.reloaded_identical is None
+    assert results_tables(results) == []
+
+
 def test_environment_and_recipe_are_kept(content, tmp_path):
     run(content(max_steps=1))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -286,6 +357,43 @@ def test_environment_and_recipe_are_kept(content, tmp_path):
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert isinstance(kept, Recipe)
     assert kept.to_dict() == parse_recipe(content(max_steps=1)).to_dict()
+
+
+@pytest.mark.parametrize(("name", "text"), [("recipe.yaml", ""), ("environment.json", "[]"), ("environment.json", "")])
+def test_damaged_descriptions_of_a_run_are_named(content, tmp_path, name, text):
+    Job(parse_recipe(content()), QUIET).begin()
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{name}.* start afresh"):
+        run(content(), resume=True)
+
+
+def test_a_damaged_history_is_named(content, tmp_path):
+    job = Job(parse_recipe(content()), QUIET)
+    folder = job.folder.stage(job.stages[0])
+    folder.mkdir(parents=True)
+    (folder / "history.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"joint/history\.json is damaged"):
+        job.folder.history(job.stages)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 5},
+        {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_the_plan_counts_the_steps_and_tokens_that_run(content, train):
+    """One epoch; the tokens are those that the trainer counted."""
+    recipe = content(num_train_epochs=1, logging_steps=1, **train)
+    [stage] = plan(parse_recipe(recipe)).stages
+    job = run(recipe)
+    rows = [row for row in job.folder.history(job.stages) if "loss" in row]
+    assert len(rows) == stage.steps
+    assert rows[-1]["num_tokens"] == pytest.approx(
+        stage.total_tokens, rel=0.1 if "dataloader_drop_last" in train else 0
+    )
 
 
 def test_differences_name_the_leaves():

@@ -231,11 +231,44 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         ),
         (minimal(eval={"batch_size": 0}), r"^eval: batch_size=0: must be 1 or more"),
         (minimal(seed=-1), r"^seed=-1: must be 0 or more"),
+        (minimal(seed=2**32), r"^seed=4294967296: must be 0 or more, and below"),
+        (minimal(output=" "), r"^output: empty"),
+        (minimal(base={"model": "./no/where"}), r"^base\.model: no folder '\./no/where'; looked for /.*no/where"),
+        (minimal(train={"domain_coefficient": float("inf")}), r"domain_coefficient=inf: must be 0 .* and finite"),
+        (minimal(train={"router_learning_rate": float("inf")}), r"router_learning_rate=inf"),
+        (minimal(train={"gradient_accumulation_steps": 0}), r"^train\.gradient_accumulation_steps=0: must be 1 or"),
+        (minimal(train={"per_device_train_batch_size": 0}), r"^train\.per_device_train_batch_size=0: must be 1 or"),
+        (minimal(train={"max_length": 0}), r"^train\.max_length=0: must be 1 or more"),
+        (minimal(train={"learning_rate": float("nan")}), r"^train\.learning_rate=nan: must be a finite number"),
+        (minimal(train={"learning_rate": -1.0}), r"^train\.learning_rate=-1\.0: must be a finite number, 0 or"),
+        (minimal(train={"weight_decay": -1.0}), r"^train\.weight_decay=-1\.0: "),
+        (minimal(train={"label_smoothing_factor": 1.0}), r"^train\.label_smoothing_factor=1\.0: .* below 1"),
+        (minimal(train={"max_steps": 0}), r"^train\.max_steps=0: must be 1 or more, or -1"),
+        (minimal(train={"max_steps": -5}), r"^train\.max_steps=-5: "),
+        (minimal(train={"num_train_epochs": 0}), r"^train\.num_train_epochs=0: must be greater than 0"),
+        (minimal(train={"loss_type": "foo"}), r"^train\.loss_type=foo: must be nll or dft"),
+        (minimal(train={"report_to": "wandbb"}), r"^train\.report_to: unknown logger 'wandbb'\. Did you mean 'wandb'"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused_early(data, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(data)
+
+
+def test_output_and_base_are_found_in_the_home_and_beside_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    assert parse_recipe(minimal(output="~/x")).output == str(tmp_path / "x")
+    for name in ("base", "./base", "~/base"):
+        assert parse_recipe(minimal(base={"model": name}), folder=tmp_path).base.model == str(tmp_path / "base")
+    assert parse_recipe(minimal(base={"model": "owner/name"}), folder=tmp_path).base.model == "owner/name"
+
+
+def test_tokens_are_not_written():
+    recipe = parse_recipe(minimal(train={"hub_token": "hf_secret", "max_steps": 2}))
+    assert recipe.train.arguments["hub_token"] == "hf_secret"
+    assert "hf_secret" not in str(recipe.to_dict())
+    assert recipe.to_dict()["train"]["max_steps"] == 2
 
 
 def test_overrides_are_yaml_values_in_place():

@@ -204,6 +204,31 @@ def test_without_results_the_file_and_the_remedy_are_named(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"base": 3},
+        {"base": {"date": "x"}},
+        {"load": 3},
+        {"load": {"date": 3}},
+        {"routing": {"date": []}},
+        {"phases": {"a": None}},
+        {"seconds": "long"},
+    ],
+)
+def test_results_of_another_shape_name_the_file(tmp_path, results):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"results\.json: .*expected a (mapping|number)"):
+        write_report(tmp_path)
+
+
+def test_rows_and_versions_of_another_shape_are_left_out(tmp_path):
+    (tmp_path / "results.json").write_text('{"base": {"date": null}, "metric": "loss"}')
+    (tmp_path / "history.json").write_text('[{"step": null, "loss": 1}, {"step": 1, "loss": 2}, {"step": "2"}, 3]')
+    (tmp_path / "environment.json").write_text('{"versions": 3}')
+    assert "no mapping of versions" in Page(write_report(tmp_path)).text["environment"]
+
+
 def test_each_missing_part_is_a_sentence(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     page = Page(write_report(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,7 +14,14 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
-from dylora_moe.training.checkpoints import COMPLETE_FILE, EXEMPT_FROM_RESUME, Interrupted, last_complete, restore
+from dylora_moe.training.checkpoints import (
+    COMPLETE_FILE,
+    EXEMPT_FROM_RESUME,
+    Interrupted,
+    RestoreAverages,
+    last_complete,
+    restore,
+)
 from dylora_moe.training.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 
@@ -160,9 +168,33 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     with torch.no_grad():
         run.mixture.expert_tensors("a")[0].tensor.fill_(float("nan"))
     router = run.mixture.router.up.detach().clone()
-    with pytest.raises(FloatingPointError, match="at step 1"):
+    with pytest.raises(FloatingPointError, match=r"at step 1\. .*another --output.*`start`.*bad weights"):
         run.train()
     assert torch.equal(run.mixture.router.up, router)
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "trainer_averages.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path, name, content):
+    trainer(tmp_path).train()
+    (tmp_path / "checkpoint-6" / COMPLETE_FILE).unlink()
+    (tmp_path / "checkpoint-4" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4\b.* Delete this folder; --resume"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_the_speed_after_a_resume_counts_no_tokens_of_before(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    before = run._total_train_tokens
+    run = trainer(tmp_path)
+    run._tr_loss = torch.zeros(())
+    RestoreAverages(run, tmp_path / "checkpoint-6").on_train_begin(run.args, run.state, run.control)
+    assert run._speed[1] == before > 0
 
 
 def test_restore_leaves_the_mixture_alone_on_error(tmp_path):

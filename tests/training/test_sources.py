@@ -271,6 +271,29 @@ def test_filter_keeps_matching_rows_and_limit_counts_after_it(tmp_path):
     assert read(as_csv, filter={"n": 2}) == [Example("p1", "c")]
 
 
+def test_a_filter_reads_the_text_of_csv_cells(tmp_path):
+    cells = ["prompt,completion,good,score", "a,1,true,5.0", "b,2,False,5", "c,3,TRUE,6"]
+    (tmp_path / "d.csv").write_text("\n".join(cells))
+    for wanted, kept in (
+        ({"good": True}, ["a", "c"]),
+        ({"good": False}, ["b"]),
+        ({"score": 5}, ["a", "b"]),
+        ({"score": [6, "5.0"]}, ["a", "c"]),
+    ):
+        assert [example.prompt for example in read(tmp_path / "d.csv", filter=wanted)] == kept
+    lines = [{"prompt": "a", "completion": "1", "n": 1}, {"prompt": "b", "completion": "1", "n": True}]
+    file = write(tmp_path / "d.jsonl", *lines)
+    assert [example.prompt for example in read(file, filter={"n": 1})] == ["a"]
+    assert [example.prompt for example in read(file, filter={"n": True})] == ["b"]
+
+
+def test_half_a_character_is_named(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00", "completion": "x"}\n{"prompt": "\\uD83D", "completion": "x"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl, line 2: '\\ud83d' is half of a character"):
+        read(file)
+
+
 def test_a_filter_that_keeps_nothing_lists_what_it_found(tmp_path):
     rows = [{"prompt": "p", "completion": "c", "domain": f"d{i % 12}", "kind": "x"} for i in range(24)]
     file = write(tmp_path / "d.jsonl", *rows)

@@ -35,11 +35,18 @@ def load_base(recipe: Recipe) -> PreTrainedModel:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, whose `model_max_length` is the base's context."""
+    """The base's tokenizer, whose `model_max_length` is the base's context.
+
+    Raises:
+        ValueError: there is no such base.
+    """
     path = resolve_base(base_name(recipe))
     revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-    config = AutoConfig.from_pretrained(path, **revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
+        config = AutoConfig.from_pretrained(path, **revision)
+    except OSError as error:
+        raise ValueError(f"base.model: {path!s} is no folder here, and the hub did not deliver it: {error}") from error
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)

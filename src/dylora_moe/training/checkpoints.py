@@ -13,7 +13,10 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
+from dylora_moe.files import read_json
 from dylora_moe.sharding import reshard, shard_like
 
 from .distributed import greatest
@@ -70,14 +74,39 @@ def last_complete(output: str | Path) -> Path | None:
 
 
 def ended(folder: Path) -> bool:
-    """Whether the training was over when the checkpoint in `folder` was written."""
-    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    """Whether the training was over when the checkpoint in `folder` was written.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    with naming_damage(folder, "trainer"):
+        state = read_json(folder / TRAINER_STATE_NAME)
     stopped = any(
         callback["attributes"]["early_stopping_patience_counter"] >= callback["args"]["early_stopping_patience"]
         for entry in [state["stateful_callbacks"].get("EarlyStoppingCallback", [])]
         for callback in (entry if isinstance(entry, list) else [entry])
     )
     return stopped or state["global_step"] >= state["max_steps"]
+
+
+@contextmanager
+def naming_damage(folder: str | Path | None, part: str) -> Iterator[None]:
+    """Within the block a file of a checkpoint that cannot be read is a `CheckpointError` that says what to do.
+
+    Args:
+        folder: the checkpoint.
+        part: what is read of it, for the message.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (CheckpointError, EOFError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = str(error) if isinstance(error, CheckpointError) else type(error).__name__  # torch's is advice
+        raise CheckpointError(
+            f"{folder} is damaged ({part} state: {reason}). Delete this folder; --resume then "
+            "goes on from the checkpoint before it."
+        ) from error
 
 
 def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
@@ -125,11 +154,13 @@ class RestoreAverages(TrainerCallback):
         self.trainer, self.file = trainer, folder / AVERAGES_FILE
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        averages = json.loads(self.file.read_text(encoding="utf-8"))
+        with naming_damage(self.file.parent, "averages"):
+            averages = read_json(self.file)
         trainer = self.trainer
         for mode, values in averages["metrics"].items():
             trainer._metrics[mode].update(values)
         trainer._total_train_tokens = averages["total_train_tokens"]
+        trainer._speed = (time.perf_counter(), trainer._total_train_tokens)
         losses = averages["loss_since_log"]
         own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
         trainer._tr_loss = torch.tensor(own, device=trainer._tr_loss.device).to(trainer._tr_loss.dtype)

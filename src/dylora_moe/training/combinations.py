@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 INTEGRATIONS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab", "dvclive", "clearml")
 """Values of `report_to` whose package has the same name."""
+RUN_ENTRIES = ("stages", "figures")
+"""Folders that a run has beside its experts' folders."""
 
 
 def check_combinations(recipe: Recipe) -> None:
@@ -33,6 +35,8 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
     )
     evaluates = arguments.get("eval_strategy", "no") != "no"
     trained = [name for name in recipe.data if not recipe.experts[name].frozen]
+    imported = recipe.start is not None or any(expert.adapter for expert in recipe.experts.values())
+    taken = next((name for name in recipe.experts if name in RUN_ENTRIES), None)
     missing = _missing_integrations(arguments.get("report_to"))
     fsdp = arguments.get("fsdp_config") or {}
     fsdp = fsdp if isinstance(fsdp, dict) else {}
@@ -106,6 +110,24 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "the router learns from examples. Give at least one expert `data`.",
         ),
         (
+            "train.method",
+            train.method == "router" and not imported,
+            "`method: router` leaves the experts as they are, and new ones do nothing yet. Give an expert an "
+            "`adapter`, go on with a mixture (`start`), or use `method: staged`.",
+        ),
+        (
+            f"experts.{taken}",
+            taken,
+            "a run's folder has an entry of this name for itself, and the expert's folder lies beside it. Choose "
+            "another name.",
+        ),
+        (
+            "train.save_only_model",
+            arguments.get("save_only_model"),
+            "a checkpoint without the optimizer's state cannot be resumed exactly. Leave it out: experts and router "
+            "are small.",
+        ),
+        (
             f"experts.{train.expert}",
             train.method == "expert" and train.expert not in trained,
             "`method: expert` trains it, so it needs `data` and must not be frozen.",
@@ -117,7 +139,7 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
         ),
         (
             "eval.baseline",
-            recipe.eval.baseline and (recipe.start or any(expert.adapter for expert in recipe.experts.values())),
+            recipe.eval.baseline and imported,
             "a single LoRA trained from nothing is no fair match for experts that were trained before.",
         ),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import random
@@ -59,6 +61,13 @@ class Example:
         if isinstance(self.prompt, list):
             return self.prompt[-1]["content"]
         return self.prompt or " ".join(self.completion.split()[:8])
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """How many examples these are, and a hash of what the model sees of them, in their order."""
+    rows = [(example.prompt, example.completion, example.separator) for example in examples]
+    text = json.dumps(rows, sort_keys=True)
+    return f"{len(rows)} examples, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def mix(

@@ -6,8 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,13 +21,16 @@ from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 
+from .arguments import trainer_arguments
 from .build import build_mixture, load_base, load_tokenizer, single_lora_config
 from .callbacks import ProgressBar
 from .checkpoints import last_complete
-from .data import Example, TooLong, fit_to_length, mix, to_dataset
+from .data import Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
 from .distributed import one_device
+from .lock import FolderLock
 from .measure import Measurement
 from .recipe import Recipe
+from .results import Results
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .schedule import TemperatureSchedule
 from .sections import MIXING_TEMPERATURE
@@ -36,60 +38,8 @@ from .sources import load_recipe_examples
 from .stages import Stage, stages_of, thaw
 from .trainer import MoETrainer
 
-DEFAULT_ARGUMENTS = {
-    "learning_rate": 1e-3,
-    "logging_steps": 5,
-    "save_strategy": "steps",
-    "save_steps": 0.25,  # of the stage
-    "save_total_limit": 2,
-    "report_to": "none",
-    "activation_checkpointing": False,
-    "bf16": False,
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": False,
-}
-"""Where a recipe's `train` differs from the defaults of `trl.SFTConfig`."""
-
-
-@dataclass
-class Results:
-    """What a run measured.
-
-    Attributes:
-        metric: `exact_match` (shares) or `loss` (nats per completion token).
-        columns: column (`base`, `mixture` for dense weights, `top1`, `top2`, `single`) → domain → value.
-        load: domain → expert → share of the tokens, under the default routing.
-        routing: domain → entropy, mean largest weight and co-activation, under the default routing.
-        reloaded_identical: whether the saved checkpoint, loaded again, gave the same answers.
-        seconds: phase → wall time.
-        output: the checkpoint's folder.
-    """
-
-    metric: str
-    output: str
-    columns: dict[str, dict[str, float]] = field(default_factory=dict)
-    load: dict[str, dict[str, float]] = field(default_factory=dict)
-    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
-    reloaded_identical: bool | None = None
-    passes_per_step: float = 1.0
-    parameters: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `results.json`."""
-        return {
-            **self.columns,
-            "load": self.load,
-            "routing": self.routing,
-            "metric": self.metric,
-            "reloaded_identical": self.reloaded_identical,
-            "passes_per_step": self.passes_per_step,
-            "parameters": self.parameters,
-            "phases": {name: round(value, 2) for name, value in self.seconds.items()},
-            "seconds": round(sum(self.seconds.values()), 2),
-        }
+PARENT_VARIABLE = "DYLORA_MOE_PARENT"
+"""Environment variable of a stage's job: the id of the process that started it and holds the run's lock."""
 
 
 class Job:
@@ -103,7 +53,7 @@ class Job:
     """
 
     def __init__(self, recipe: Recipe, console: Console | None = None):
-        self.recipe, self.console = recipe, console or Console()
+        self.recipe, self.console = recipe, console or Console(emoji=False)
         self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.folder = RunFolder(recipe, self.world_size)
         self.stages = stages_of(recipe)
@@ -126,41 +76,55 @@ class Job:
 
         Raises:
             DataError: data that cannot be used; nothing has been trained or written then.
-            RecipeError: `resume` with another recipe.
+            RecipeError: `resume` or `only` with another recipe or other data.
             CheckpointError: nothing to resume, or the folder cannot be written.
-            ValueError: settings that do not fit the base.
+            ValueError: settings that do not fit the base; `only` a stage that goes on from one that is not finished;
+                another process trains in the folder.
         """
         set_seed(self.recipe.seed)
         if self.recipe.eval.baseline and self.world_size > 1:
             raise ValueError("eval.baseline trains a second model in one process; leave it out with several.")
-        stages = [stage for stage in self.stages if only in (None, stage.name)]
-        if not stages:
-            raise ValueError(f"no stage {only!r}; the stages are {', '.join(stage.name for stage in self.stages)}.")
-        if only is None:
-            self.begin(resume)
-        else:
+        alone = None if only is None else self._stage(only)
+        with self._phase("data"):
             self.read_data()
-        if self.world_size > 1:
-            _ = self.arguments(stages[0]).device  # joins the processes
-            dist.barrier()
-        with self._phase("load"):
-            mixture = self._build()
-        for stage in stages:
-            with self._phase(f"train {stage.name}"):
-                mixture = self._run_stage(mixture, stage, resume or only is not None)
-        if self.world_size > 1:
-            dist.destroy_process_group()
-        if only is not None or not self.is_main:
-            return None
-        thaw(mixture, self.frozen)
-        return self._finish(mixture)
+        with self.locked(alone):
+            if alone is not None:
+                self._run_alone(alone)
+                return None
+            mixture = self._run_all(resume)
+            if not self.is_main:
+                return None
+            thaw(mixture, self.frozen)
+            return self._finish(mixture)
 
     def begin(self, resume: bool = False) -> None:
         """Read the data and begin the run's folder, or check that the run there can be gone on with."""
         with self._phase("data"):
             self.read_data()
-        if self.is_main:
-            self.folder.start(resume)
+        self.folder.check(resume, self.rows)
+        for stage in self.stages:
+            self.arguments(stage)
+        if not resume:
+            self._start()
+
+    @contextmanager
+    def locked(self, alone: Stage | None = None) -> Iterator[None]:
+        """Keep other processes from training this run within the block, or only this stage of it.
+
+        Raises:
+            ValueError: one does; the message has its id.
+            CheckpointError: the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            if self.is_main:
+                try:
+                    if PARENT_VARIABLE not in os.environ:
+                        stack.enter_context(self.folder.lock.hold(shared=alone is not None))
+                    if alone is not None:
+                        stack.enter_context(FolderLock(self.folder.stage(alone)).hold())
+                except OSError as error:
+                    raise CheckpointError(f"{self.folder.path} cannot be written: {error}.") from error
+            yield
 
     def examples_to_try(self) -> list[str]:
         """A held-out prompt of each domain."""
@@ -179,6 +143,7 @@ class Job:
         if self.recipe.eval.metric == "loss":  # a row that was cut could have lost its answer
             fitting = [self._fitting(name, rows, "drop", "held-out") for name, rows in by_domain(self.test).items()]
             self.test = [example for rows in fitting for example in rows]
+        self.rows = {name: fingerprint(rows) for name, rows in self.train.items()}
         self.validation = {name: rows[-held_out:] for name, rows in self.train.items() if held_out}
         if held_out:
             self.train = {name: rows[:-held_out] for name, rows in self.train.items()}
@@ -210,6 +175,70 @@ class Job:
 
     # ------------------------------------------------------------------ training
 
+    def _run_all(self, resume: bool) -> DyLoraMoE:
+        """Train all stages that are not finished; the mixture with their outcome."""
+        if self.is_main:
+            self.folder.check(resume, self.rows)
+        self._join(self.stages[0])
+        with self._phase("load"):
+            mixture = self._build()
+            trainer = None if resume else self._trainer(mixture, self.stages[0])
+        if not resume:
+            if self.is_main:  # what can be refused has been: an earlier run may go
+                self._start()
+            self._wait()
+        for stage in self.stages:
+            with self._phase(f"train {stage.name}"):
+                mixture, trainer = self._run_stage(mixture, stage, resume, trainer), None
+        self._leave()
+        return mixture
+
+    def _run_alone(self, stage: Stage) -> None:
+        """Train one stage of a run that was begun, on top of what the stages before it trained."""
+        self.folder.check(True, self.rows)
+        missing = [earlier.name for earlier in self._before(stage) if not is_finished(self.folder.stage(earlier))]
+        if missing:
+            raise ValueError(
+                f"stage {stage.name} goes on from {', '.join(missing)}, which is not finished; train that first with "
+                f"--stage {missing[0]}, or everything with --resume."
+            )
+        if is_finished(self.folder.stage(stage)):
+            self.console.print(f"Stage {stage.name} is already finished.", highlight=False)
+            return
+        self._join(stage)
+        mixture = self._build()
+        for earlier in self._before(stage):
+            self._take_over(mixture, earlier)
+        self._run_stage(mixture, stage, resume=True)
+        self._leave()
+
+    def _stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"no stage {name!r}; the stages are {', '.join(stage.name for stage in self.stages)}.")
+
+    def _before(self, stage: Stage) -> list[Stage]:
+        """The stages that `stage` goes on from; an expert's does from none."""
+        return self.stages[: self.stages.index(stage)] if stage.router else []
+
+    def _start(self) -> None:
+        if self.folder.start(self.rows):
+            self.console.print(f"The finished run in {self.folder.path} is replaced.", highlight=False)
+
+    def _join(self, stage: Stage) -> None:
+        if self.world_size > 1:
+            _ = self.arguments(stage).device  # joins the processes
+            dist.barrier()
+
+    def _wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
     def _build(self) -> DyLoraMoE:
         base = load_base(self.recipe)
         set_seed(self.recipe.seed)
@@ -217,12 +246,13 @@ class Job:
         self.frozen = set(mixture._frozen_experts)
         return mixture
 
-    def _run_stage(self, mixture: DyLoraMoE, stage: Stage, resume: bool) -> DyLoraMoE:
-        """Train a stage, or take over what it trained before; the mixture with its outcome."""
+    def _run_stage(
+        self, mixture: DyLoraMoE, stage: Stage, resume: bool, trainer: MoETrainer | None = None
+    ) -> DyLoraMoE:
+        """Train a stage, with `trainer` if it was made before, or take over its outcome; the mixture with it."""
         folder = self.folder.stage(stage)
         if not is_finished(folder):
-            stage.set_trainable(mixture)
-            trainer = self._trainer(mixture, stage)
+            trainer = trainer or self._trainer(mixture, stage)
             trainer.train(resume_from_checkpoint=resume and last_complete(folder) is not None)
             try:
                 trainer.save_model(str(folder / TRAINED))
@@ -237,13 +267,19 @@ class Job:
             dist.barrier()
             mixture = self._build()  # what was wrapped or sharded stays behind
             for earlier in self.stages[: self.stages.index(stage)]:
-                load_finished(mixture, self.folder.stage(earlier), earlier)
-        if stage.router:
-            mixture.start_routing()
-        load_finished(mixture, folder, stage)
+                if is_finished(self.folder.stage(earlier)):  # not those beside a stage that runs alone
+                    self._take_over(mixture, earlier)
+        self._take_over(mixture, stage)
         return mixture
 
+    def _take_over(self, mixture: DyLoraMoE, stage: Stage) -> None:
+        """Put what a finished stage trained into the mixture."""
+        if stage.router:
+            mixture.start_routing()
+        load_finished(mixture, self.folder.stage(stage), stage)
+
     def _trainer(self, mixture: DyLoraMoE, stage: Stage) -> MoETrainer:
+        stage.set_trainable(mixture)
         settings = self.recipe.train
         options: dict[str, Any] = {"force_domains": True}
         callbacks: list[TrainerCallback] = []
@@ -276,15 +312,7 @@ class Job:
 
     def arguments(self, stage: Stage) -> SFTConfig:
         """The trainer's arguments for a stage."""
-        given = self.recipe.train.arguments
-        arguments = {**DEFAULT_ARGUMENTS, **given}
-        if "gradient_checkpointing" in given:  # the older name, which our default for the newer one would outdo
-            arguments = {**arguments, "activation_checkpointing": given["gradient_checkpointing"], **given}
-        arguments.setdefault("max_length", None if arguments.get("padding_free") else self.context)
-        arguments.setdefault("use_cpu", not torch.accelerator.is_available())
-        if stage.steps is not None:
-            arguments["max_steps"] = stage.steps
-        return SFTConfig(output_dir=str(self.folder.stage(stage)), seed=self.recipe.seed, **arguments)
+        return trainer_arguments(self.recipe, self.folder.stage(stage), self.context, stage.steps)
 
     def _bars(self, arguments: SFTConfig, title: str) -> list[TrainerCallback]:
         return [ProgressBar(self.console, title)] if arguments.disable_tqdm and self.is_main else []
@@ -343,4 +371,4 @@ class Job:
     def _phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.results.seconds[name] = time.perf_counter() - started
+        self.results.seconds[name] = self.results.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,18 +11,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from rich.console import Console
 
+from .job import PARENT_VARIABLE
 from .run_folder import is_finished
 
 if TYPE_CHECKING:
     from .job import Job
 
 LOG_FILE = "log.txt"
+
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _stop_with_parent() -> None:
+    """Let the kernel send this process SIGTERM when the one that started it is gone, however it ended (Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_APART: dict[str, Any] = {"start_new_session": True, "preexec_fn": _stop_with_parent}
+"""How processes are started: away from the terminal's signals, which are passed on to them, and never left alone."""
 
 
 class LaunchError(ValueError):
@@ -54,7 +70,7 @@ def processes(command: list[str], count: int) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP would wonder in every process about unused parameters
         **os.environ,
     }
-    child = subprocess.Popen([*torchrun, "-m", "dylora_moe", *command], env=environment, start_new_session=True)
+    child = subprocess.Popen([*torchrun, "-m", "dylora_moe", *command], env=environment, **_APART)
     with _passing_signals(lambda: psutil.Process(child.pid).children()) as received:
         code = child.wait()
     if received:
@@ -75,7 +91,7 @@ def stages(job: Job, command: list[str], count: int, console: Console) -> None:
     waiting = [stage for stage in job.stages if not stage.router and not is_finished(job.folder.stage(stage))]
     if not waiting:
         return
-    slots: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+    slots: dict[int, tuple[str, subprocess.Popen[Any]]] = {}
     failed: list[str] = []
     every = ",".join(map(str, range(torch.cuda.device_count())))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", every)
@@ -89,14 +105,12 @@ def stages(job: Job, command: list[str], count: int, console: Console) -> None:
                 folder = job.folder.stage(stage)
                 folder.mkdir(parents=True, exist_ok=True)
                 threads = str(max(1, (os.cpu_count() or 1) // count))
-                environment = {"OMP_NUM_THREADS": threads, **os.environ}
+                environment = {"OMP_NUM_THREADS": threads, **os.environ, PARENT_VARIABLE: str(os.getpid())}
                 if devices:
                     environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
                 with (folder / LOG_FILE).open("ab") as log:
                     own = [sys.executable, "-m", "dylora_moe", *command, "--stage", stage.name]
-                    child = subprocess.Popen(
-                        own, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
+                    child = subprocess.Popen(own, env=environment, stdout=log, stderr=subprocess.STDOUT, **_APART)
                 slots[slot] = (stage.name, child)
                 console.print(f"{stage.name}: started (output in {folder / LOG_FILE})", highlight=False)
             for slot, (name, child) in list(slots.items()):

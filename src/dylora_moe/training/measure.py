@@ -68,9 +68,11 @@ class Measurement:
             result[domain] = {"load": trace.load(), **_sharpness(trace)}
         return result
 
-    def same_answers(self, mixture: DyLoraMoE, other: DyLoraMoE, per_domain: int = 4) -> bool:
-        """Whether two mixtures answer a sample of the examples alike."""
+    def same_answers(self, mixture: DyLoraMoE, other: DyLoraMoE, per_domain: int = 4) -> bool | None:
+        """Whether two mixtures answer a sample of the examples alike; None without held-out data."""
         sample = [example for examples in by_domain(self.test).values() for example in examples[:per_domain]]
+        if not sample:
+            return None
         return self._answers(mixture, sample, "saved") == self._answers(other, sample, "reloaded")
 
     def _answers(self, model: Any, test: list[Example], title: str, **force: Any) -> list[str]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from dylora_moe.embedded import resolve_base
 from dylora_moe.trace import ParameterReport
 
 from .build import base_name, build_mixture
+from .collator import DOMAIN
 from .job import Job
 from .recipe import Recipe
 from .stages import thaw
@@ -28,7 +32,8 @@ class StagePlan:
         rows: examples (packed rows, when packing) in one epoch.
         tokens: in one epoch.
         steps: optimizer steps.
-        rows_per_step: examples per optimizer step, over all processes.
+        rows_per_step: examples per optimizer step, over all processes; the last step of an epoch may have fewer.
+        tokens_per_step: about, as a mean over an epoch.
         passes: forward passes of the base per step and micro-batch: 1.0 where every row is forced.
     """
 
@@ -38,12 +43,13 @@ class StagePlan:
     tokens: int
     steps: int
     rows_per_step: int
+    tokens_per_step: float
     passes: float
 
     @property
     def total_tokens(self) -> int:
         """Tokens seen in all steps, about."""
-        return round(self.steps * self.rows_per_step * self.tokens / max(self.rows, 1))
+        return round(self.steps * self.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,33 @@ def plan(recipe: Recipe) -> Plan:
         arguments = job.arguments(stage)
         stage.set_trainable(mixture)
         dataset = job.dataset(stage.domains)
-        tokens = sum(min(len(ids), arguments.max_length or len(ids)) for ids in dataset["input_ids"])
-        rows = len(dataset)
-        if arguments.packing and arguments.max_length:
-            rows = math.ceil(tokens / arguments.max_length)
-        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * job.world_size
-        epoch = max(rows // batch if arguments.dataloader_drop_last else math.ceil(rows / batch), 1)
+        lengths = [min(len(ids), arguments.max_length or len(ids)) for ids in dataset["input_ids"]]
+        rows = _packed_rows(dataset, arguments) if arguments.packing and arguments.max_length else len(dataset)
+        accumulated, batch = arguments.gradient_accumulation_steps, _batch(arguments, job.world_size)
+        batches = rows // batch if arguments.dataloader_drop_last else math.ceil(rows / batch)
+        epoch = max(math.ceil(batches / accumulated), 1)
         steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epoch * arguments.num_train_epochs)
+        seen = min(batches * batch, rows) / max(rows, 1)  # the rest of an epoch is dropped
+        tokens = sum(lengths)
         trainable = mixture.parameter_report().trainable
         passes = mixture.passes_per_step if stage.router else 1.0
-        stages.append(StagePlan(stage.name, trainable, rows, tokens, steps, batch, passes))
+        per_step = tokens * seen / epoch
+        stages.append(StagePlan(stage.name, trainable, rows, tokens, steps, batch * accumulated, per_step, passes))
     thaw(mixture, frozen)
     return Plan(mixture.parameter_report(), mixture.router_layer, stages)
+
+
+def _batch(arguments: SFTConfig, world_size: int) -> int:
+    """Rows per forward pass, over all processes."""
+    return arguments.per_device_train_batch_size * world_size
+
+
+def _packed_rows(dataset: Any, arguments: SFTConfig) -> int:
+    """How many rows the examples fill when packed as the trainer packs them, each domain by itself."""
+    assert arguments.max_length is not None
+    domains, rows = dataset[DOMAIN], 0
+    for name in dict.fromkeys(domains):
+        own = [ids for ids, domain in zip(dataset["input_ids"], domains, strict=True) if domain == name]
+        packed = pack_dataset(Dataset.from_dict({"input_ids": own}), arguments.max_length, arguments.packing_strategy)
+        rows += len(packed)
+    return rows

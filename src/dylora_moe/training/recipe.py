@@ -14,6 +14,7 @@ Unknown keys are errors that name the nearest valid key.
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -21,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bounds import check_arguments
 from .combinations import check_combinations
 from .schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
-from .sections import BaseRecipe, DataRecipe, EvalRecipe, ExpertRecipe, TrainRecipe, at_least
+from .sections import BaseRecipe, DataRecipe, EvalRecipe, ExpertRecipe, TrainRecipe
 
 if TYPE_CHECKING:
     from dylora_moe.config import MoELoraConfig
@@ -67,6 +69,9 @@ _TRAIN_ELSEWHERE = {
     "eos_token": "it is the base's",
 }
 
+SECRETS = ("hub_token", "push_to_hub_token")
+"""Fields of `SFTConfig` that are never written or shown."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -91,7 +96,11 @@ class Recipe:
     def __post_init__(self):
         if not self.experts:
             raise ValueError("experts: none given; name at least one, each with its data.")
-        at_least(self, "seed", 0)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: must be 0 or more, and below 2**32.")
+        if not self.output.strip():
+            raise ValueError("output: empty; give a folder.")
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         if self.base.model is None and self.start is None:
             object.__setattr__(self, "base", dataclasses.replace(self.base, model="embedded"))
         expert = self.train.expert
@@ -145,10 +154,10 @@ class Recipe:
             raise RecipeError(f"mixture: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: every default written out, paths as found, ready for YAML."""
+        """The resolved recipe as plain values: every default of its own keys, paths as found, no secrets."""
         data = dataclasses.asdict(self)
         arguments = data["train"].pop("arguments")
-        data["train"].update(arguments)
+        data["train"].update({key: value for key, value in arguments.items() if key not in SECRETS})
         return {key: data[key] for key in ("base", "start", "experts", "mixture", "train", "eval", "output", "seed")}
 
 
@@ -208,7 +217,9 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
     _check_mixture(recipe)
     experts = {name: _find_data(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
     start = recipe.start and _found_folder(recipe.start, Path(folder))
-    recipe = dataclasses.replace(recipe, experts=experts, start=start)
+    base = _found_base(recipe.base, Path(folder))
+    recipe = dataclasses.replace(recipe, experts=experts, start=start, base=base)
+    check_arguments(recipe.train.arguments)
     check_combinations(recipe)
     return recipe
 
@@ -293,6 +304,15 @@ def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
         elif value.startswith(("/", ".", "~")):
             raise RecipeError(f"experts.{name}.data.path: no folder {value!r}; looked for {_tried(folder, value)}.")
     return dataclasses.replace(expert, data=dataclasses.replace(expert.data, **found))
+
+
+def _found_base(base: BaseRecipe, folder: Path) -> BaseRecipe:
+    if base.model in (None, "embedded"):
+        return base
+    found = _found_folder(base.model, folder)
+    if base.model.startswith(("/", ".", "~")) and not Path(found).is_dir():
+        raise RecipeError(f"base.model: no folder {base.model!r}; looked for {_tried(folder, base.model)}.")
+    return dataclasses.replace(base, model=found)
 
 
 def _candidates(folder: Path, value: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dylora_moe.colours import BASE, expert_colours
 from dylora_moe.display import TITLES
-from dylora_moe.files import read_json
+from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.plots import Stage
 
 from .run_folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
@@ -64,16 +64,52 @@ def read_run(folder: Path) -> Run:
             f"{folder / RESULTS_FILE} is missing; give the output folder of a finished run, where `dylora-moe train` "
             "writes it."
         )
+    results = read_json(folder / RESULTS_FILE)
+    _check_shape(results, folder / RESULTS_FILE)
     missing: dict[str, str] = {}
     history = _optional(folder / HISTORY_FILE, list, missing)
     return Run(
         folder.resolve().name,
-        read_json(folder / RESULTS_FILE),
-        [row for row in history if isinstance(row, dict)],
+        results,
+        [row for row in history if isinstance(row, dict) and _is_number(row.get("step", 0))],
         _optional(folder / RECIPE_FILE, str, missing),
-        _optional(folder / ENVIRONMENT_FILE, dict, missing),
+        _environment(folder / ENVIRONMENT_FILE, missing),
         missing,
     )
+
+
+def _check_shape(results: Mapping[str, Any], file: Path) -> None:
+    """Raise a `CheckpointError` for the first part of `results.json` that is not what the job writes."""
+    flat = {key: results.get(key) for key in (*TITLES, "parameters", "phases")}
+    for part in ("load", "routing"):
+        rows = results.get(part) or {}
+        if not isinstance(rows, dict):
+            raise CheckpointError(f"{file}: {part!r} holds {rows!r}; expected a mapping of domains.")
+        flat |= {f"{part}/{domain}": row for domain, row in rows.items()}
+    for name, numbers in flat.items():
+        known = {} if numbers is None else numbers
+        if not isinstance(known, dict):
+            raise CheckpointError(f"{file}: {name!r} holds {numbers!r}; expected a mapping of numbers.")
+        for key, value in known.items():
+            may_be_missing = value is None and name in TITLES
+            nested = key == "coactivation" and isinstance(value, dict)
+            if not (_is_number(value) or may_be_missing or nested):
+                raise CheckpointError(f"{file}: {name!r} holds {value!r} at {key!r}; expected a number.")
+    for key in ("seconds", "passes_per_step"):
+        if not _is_number(results.get(key) or 0):
+            raise CheckpointError(f"{file}: {key!r} holds {results[key]!r}; expected a number.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _environment(file: Path, missing: dict[str, str]) -> dict[str, Any]:
+    environment = _optional(file, dict, missing)
+    if not isinstance(environment.get("versions", {}), dict):
+        missing[file.name] = f"{file.name} holds no mapping of versions."
+        return {}
+    return environment
 
 
 def _optional(file: Path, kind: type, missing: dict[str, str]) -> Any:

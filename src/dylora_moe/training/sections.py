@@ -231,14 +231,14 @@ class TrainRecipe:
     def __post_init__(self):
         for key in ("expert_steps", "router_steps", "joint_steps", "early_stopping_patience", "collapse_steps"):
             at_least(self, key, 1)
-        if not self.domain_coefficient >= 0:
-            raise ValueError(f"domain_coefficient={self.domain_coefficient}: must be 0 (off) or greater.")
+        if not 0 <= self.domain_coefficient < math.inf:
+            raise ValueError(f"domain_coefficient={self.domain_coefficient}: must be 0 (off) or greater, and finite.")
         for key in ("validation", "router_weight_decay", "early_stopping_threshold"):
             at_least(self, key, 0)
         for key in ("router_learning_rate", "temperature_start"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key}={value}: must be greater than 0.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{key}={value}: must be greater than 0, and finite.")
         if not 0 < self.temperature_share <= 1:
             raise ValueError(f"temperature_share={self.temperature_share}: a share of the steps, at most 1.")
         if self.mixing == "temperature":

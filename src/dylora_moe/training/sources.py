@@ -207,7 +207,13 @@ def _open_bytes(path: Path) -> Any:
 
 def _parse_json(text: bytes, place: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"))
+        if b"\\ud" in text.lower():  # an escaped half of a character is valid JSON
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError(f"{place}: {half} is half of a character (a lone surrogate) and no text.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
@@ -225,12 +231,8 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _matching(rows: Iterable[Row], wanted: Mapping[str, Any], name: str) -> Iterator[Row]:
-    """The rows whose columns have the wanted values, as the value or as its text (every cell of a CSV is text)."""
-    accepted = {
-        column: [*values, *(str(value) for value in values)]
-        for column, value in wanted.items()
-        for values in [value if isinstance(value, list) else [value]]
-    }
+    """The rows whose columns have the wanted values."""
+    accepted = {column: value if isinstance(value, list) else [value] for column, value in wanted.items()}
     seen: dict[str, dict[str, None]] = {column: {} for column in wanted}
     kept = False
     for place, row in rows:
@@ -238,12 +240,26 @@ def _matching(rows: Iterable[Row], wanted: Mapping[str, Any], name: str) -> Iter
             _check_column(row, column, place)
             if len(seen[column]) <= _VALUES_SHOWN:
                 seen[column][str(row[column])] = None
-        if all(row[column] in values or str(row[column]) in values for column, values in accepted.items()):
+        if all(any(_is(row[column], value) for value in values) for column, values in accepted.items()):
             kept = True
             yield place, row
     if not kept and any(seen.values()):
         found = "; ".join(f"{column!r} has {_listed(values)}" for column, values in seen.items())
         raise DataError(f"{name}: no row passes filter {dict(wanted)!r}. Found: {found}.")
+
+
+def _is(cell: Any, wanted: str | float | bool) -> bool:
+    """Whether a cell has the wanted value; text (every cell of a CSV) is compared as the value it spells."""
+    if str(cell) == str(wanted):
+        return True
+    if isinstance(wanted, bool):
+        return isinstance(cell, str) and cell.strip().lower() == str(wanted).lower()
+    if isinstance(wanted, str) or isinstance(cell, bool):
+        return False
+    try:
+        return float(cell) == wanted
+    except (TypeError, ValueError):
+        return False
 
 
 def _examples(rows: Iterable[Row], data: DataRecipe, domain: str) -> Iterator[Example]:

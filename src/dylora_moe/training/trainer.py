@@ -35,6 +35,7 @@ from .checkpoints import (
     last_complete,
     mark_complete,
     mark_incomplete,
+    naming_damage,
     restore,
     save_averages,
 )
@@ -185,8 +186,10 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         if not bool(torch.isfinite(everywhere)):
             last = last_complete(str(self.args.output_dir))
             raise FloatingPointError(
-                f"the loss is {float(everywhere)} at step {self.state.global_step + 1}. Lower train.learning_rate or "
-                f"set train.max_grad_norm; the last whole checkpoint is {last or 'none (set train.save_strategy)'}."
+                f"the loss is {float(everywhere)} at step {self.state.global_step + 1}. A run keeps its recipe: lower "
+                "train.learning_rate or set train.max_grad_norm in a new one with another --output, from the beginning "
+                f"or with `start` at a checkpoint (the last whole one is {last or 'none'}, which may already hold bad "
+                "weights; an earlier one is safer)."
             )
         return loss
 
@@ -242,10 +245,15 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            load_optimizer(self, checkpoint)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with naming_damage(checkpoint, "optimizer or scheduler"):
+            if self.is_fsdp_enabled and checkpoint is not None:
+                load_optimizer(self, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming_damage(checkpoint, "random number"):
+            super()._load_rng_state(checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `save_pretrained` writes the mixture's own card."""
