@@ -5,7 +5,6 @@ Shapes: B batch, S sequence, V vocabulary, n new tokens, E experts.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -94,8 +93,8 @@ def model_runner(settings: Settings, models: Models, key: str, kind: Kind, exper
     if kind.forced:
         arguments["experts"] = model.expert_names[0]
     if kind.fold:
-        if "fold" not in inspect.signature(type(model).generate).parameters:
-            raise Unavailable("the installed dylora-moe does not fold")
+        if settings.batch > 1 and not kind.forced:
+            raise Unavailable("several rows decide a mixture each; one is folded at a time (--batch 1)")
         arguments["fold"] = True
     caller = _MixedPasses(model) if kind.family == "passes" else model
     whole = settings.shape not in SHAPES or SHAPES[settings.shape].whole_loss
