@@ -156,7 +156,7 @@ def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
         rates.add(drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
     if len(rates) > 1:  # experts with different dropout need a mask each
         return None
-    lora_A = [own_A[name].weight for name in present]
+    lora_A = [weight_of(own_A[name]) for name in present]
     experts = LayerExperts(
         columns=columns,
         ranks=tuple([A.shape[0] for A in lora_A]),
@@ -164,7 +164,13 @@ def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
         dropout=rates.pop() if rates else 0.0,
     )
     weight, bias = plain_base(layer)
-    return Member(experts, weight, bias, lora_A, [own_B[name].weight for name in present])
+    return Member(experts, weight, bias, lora_A, [weight_of(own_B[name]) for name in present])
+
+
+def weight_of(linear: Any) -> Tensor:
+    """`linear.weight`, without the detour that modules take to find it."""
+    weight = linear._parameters.get("weight")
+    return linear.weight if weight is None else weight
 
 
 def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
@@ -173,8 +179,10 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     flat, leading = x.flatten(0, -2), x.shape[:-1]
     memo = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else routing.memo
     weights = remember(memo, ("weights", leading, x.device), lambda: routing.weights_for(leading, x.device))
-    form = choose(routing.form, flat, members, len(routing.names), routing.active)
     keep = None if routing.packed is None or torch.is_grad_enabled() else packed
+    count, active = len(routing.names), routing.active
+    key = (routing.form, flat.shape[0], active)
+    form = remember(keep, key, lambda: choose(routing.form, flat, members, count, active))
     if form == "gathered":
         outputs = gathered_mixture(flat, weights, members, cast(int, routing.active), keep, memo)
     elif form == "grouped":
@@ -182,7 +190,7 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
         outputs = grouped_mixture(flat, weights, members, active, routing.recompute_shrink, keep, memo)
     else:
         outputs = dense_mixture(flat, weights, members, routing.recompute_shrink, keep, memo)
-    outputs = [y.unflatten(0, leading) for y in outputs]
+    outputs = [y.reshape(leading + y.shape[1:]) for y in outputs]
     if members[0].weight is None:
         outputs[0] = layers[0].base_layer(x) + outputs[0]
     outputs = [
@@ -196,13 +204,12 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
 
 def with_lora_bias(layer: Any, member: Member, weights: Tensor, y: Tensor) -> Tensor:
     """`y [..., O]` plus the weighted biases of the experts' B."""
-    names = [name for name in layer.lora_B if layer.lora_B[name].bias is not None]
-    if not names:
+    if True not in layer.lora_bias.values():
         return y
-    carried_names = carried(layer, layer.routing.names)
     gates = weights.unflatten(0, y.shape[:-1])
-    for name, column, scaling in zip(carried_names, member.experts.columns, member.experts.scalings, strict=True):
-        if name in names:
+    names = carried(layer, layer.routing.names)
+    for name, column, scaling in zip(names, member.experts.columns, member.experts.scalings, strict=True):
+        if layer.lora_bias[name]:
             y = y + (gates[..., column, None] * (scaling * layer.lora_B[name].bias)).to(y.dtype)
     return y
 
