@@ -48,8 +48,12 @@ PLANS = {
     ),
     "generation": Settings(
         "decode", "smollm2", (8,),
-        ("base", "base-again", "peft", "xlora", "auto-top", "sequence", "sequence-fold", "forced", "forced-fold"),
+        ("base", "base-again", "peft", "auto-top", "dense-top", "sequence", "sequence-fold", "forced", "forced-fold"),
         batch=1, length=64, new_tokens=64,
+    ),
+    "generation-peers": Settings(  # X-LoRA runs the whole text twice for every token
+        "decode", "smollm2", (8,), ("base", "base-again", "peft", "xlora", "auto-top"),
+        batch=1, length=64, new_tokens=16, rounds=3,
     ),
     "gpu-prefill": Settings(
         "prefill", "8b-layer", (8,), ("base", "base-again", "peft", "peft-same-dtype", "loop", "auto", "auto-top"),
