@@ -82,7 +82,7 @@ def test_targets_name_variants_of_their_plans():
             assert kind in settings.kinds, target.name
             assert KINDS[kind].per_experts == bool(size), target.name
             assert not size or int(size) in settings.experts, target.name
-    assert {target.plan for target in TARGETS} | {"experts"} == set(PLANS)
+    assert {target.plan for target in TARGETS} | {"experts", "generation-peers"} == set(PLANS)
 
 
 def test_plan_is_recognised_by_what_it_measures():
