@@ -177,8 +177,10 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     """The output of the group's first layer; those of the others wait in `routing.ready` for their own calls."""
     layers, members, packed = group
     flat, leading = x.flatten(0, -2), x.shape[:-1]
-    memo = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else routing.memo
-    weights = remember(memo, ("weights", leading, x.device), lambda: routing.weights_for(leading, x.device))
+    memo = None  # what is kept fits layers of this shape on this device; a base may lie on several
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        memo = routing.memo.setdefault((leading, x.device), {})
+    weights = remember(memo, "weights", lambda: routing.weights_for(leading, x.device))
     keep = None if routing.packed is None or torch.is_grad_enabled() else packed
     count, active = len(routing.names), routing.active
     key = (routing.form, flat.shape[0], active)

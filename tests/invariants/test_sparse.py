@@ -226,3 +226,15 @@ def test_the_whole_model_in_every_form():
     for form, found in outputs.items():
         for one, other in zip(found, outputs["reference"], strict=True):
             assert difference(one, other) <= 1e-6, form  # the router computes in float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["dense", *FORMS])
+def test_layers_of_another_leading_shape_share_nothing_of_a_pass(form):
+    """In one pass as many tokens, but other ones: the whole row, and the last positions of it with two inputs."""
+    layer = routed_layer(nn.Linear(8, 4), {f"e{i}": {"r": 4} for i in range(4)}).double()
+    x, weights = torch.randn(1, 4, 8).double(), routing.top_k(torch.randn(1, 4, 4).double(), 2)
+    layer.routing.form = form
+    layer.routing.mix(tuple(layer.peft_configs), weights, active=2)
+    whole, last = layer(x), layer(x[:, 2:].repeat(2, 1, 1))
+    assert difference(last, whole[:, 2:].repeat(2, 1, 1)) <= TOLERANCE

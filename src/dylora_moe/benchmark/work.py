@@ -54,7 +54,7 @@ class Runner:
         return len(self.layers) / len(self.sections)
 
 
-PEER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+PEER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def runners(settings: Settings, models: Models) -> tuple[list[Runner], dict[str, str]]:
