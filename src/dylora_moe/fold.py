@@ -1,9 +1,10 @@
 """Folding one fixed mixture into the base's weights for the length of a generation.
 
 A forced expert, weights given for all rows, or the decision of sequence granularity on a single row do not change from
-token to token, so that `W' = W + Σ_e w_e s_e B_e A_e` serves every further step at the base's own price. The original
-tensors are kept aside, not recomputed: what comes back is what was there, bit for bit. That costs the memory of the
-adapted weights a second time.
+token to token, so that `W' = W + Σ_e w_e s_e B_e A_e` serves every step at the base's own price. The original tensors
+are kept aside, not recomputed: what comes back is what was there, bit for bit. That costs the memory of the adapted
+weights a second time, and that memory, not what is in it, is kept for the next call: on a CPU fresh memory costs more
+time than the folding itself. `model.train()` and `model.to()` give it back.
 
 Shapes: D in, O out, E experts.
 """
@@ -54,38 +55,51 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
 
     Layers with DoRA, active dropout, biases of experts, or a base that is not a plain linear layer are left alone.
     """
-    names, folded = tuple(model.expert_names), model.routing.folded
-    active = [i for i, weight in enumerate(weights.tolist()) if weight]
+    names, folded, shares = tuple(model.expert_names), model.routing.folded, weights.tolist()
+    compiled = model.get_base_model()._compiled_call_impl is not None
+    shortcut = model.routing.reached is None and not compiled  # nobody counts, and no graph depends on the layers
     for layer in model._layers:
         member = member_of(layer, names)
         if member is None or member.weight is None or member.experts.dropout or any(layer.lora_bias.values()):
             continue
         parameter = layer.base_layer.weight
+        original = parameter.data
         if layer.routing_name not in folded:
-            folded[layer.routing_name] = (parameter, parameter.data)
-        mixed = _folded_weight(member, weights, active)
-        if mixed is not None:
-            parameter.data = mixed.T if isinstance(layer.base_layer, Conv1D) else mixed
+            folded[layer.routing_name] = (layer, original)
+        if any(shares[column] for column in member.experts.columns):
+            mixed = model.routing.spare.pop(layer.routing_name, original)
+            if mixed is original or (mixed.shape, mixed.dtype, mixed.device) != (
+                original.shape,
+                original.dtype,
+                original.device,
+            ):
+                mixed = torch.empty_like(original)
+            _mix_into(mixed.T if isinstance(layer.base_layer, Conv1D) else mixed, member, shares)
+            parameter.data = mixed
+        if shortcut:
+            layer.forward = layer.base_layer.forward
 
 
 def unfold(model: DyLoraMoE) -> None:
     """Put the original weights back."""
     folded = model.routing.folded
     while folded:
-        _, (parameter, original) = folded.popitem()
+        name, (layer, original) = folded.popitem()
+        parameter = layer.base_layer.weight
+        if parameter.data_ptr() != original.data_ptr():
+            model.routing.spare[name] = parameter.data
         parameter.data = original
+        layer.__dict__.pop("forward", None)
 
 
-def _folded_weight(member: Member, weights: Tensor, active: list[int]) -> Tensor | None:
-    """`W + Σ_e w_e s_e B_e A_e` over the active experts that the layer carries, `[O, D]`; None if there is none."""
-    base = cast(Tensor, member.weight)
-    places = [place for place, column in enumerate(member.experts.columns) if column in active]
-    if not places:
-        return None
+def _mix_into(out: Tensor, member: Member, shares: list[float]) -> None:
+    """Write `W + Σ_e w_e s_e B_e A_e` into `out [O, D]`, over the experts with a share w_e that the layer carries."""
+    base, own = cast(Tensor, member.weight), member.experts
     wide = torch.promote_types(base.dtype, member.lora_A[0].dtype)
-    parts = [
-        member.lora_B[i].to(wide) * (weights[member.experts.columns[i]].to(base.device) * member.experts.scalings[i])
-        for i in places
-    ]
-    A = torch.cat([member.lora_A[i] for i in places]).to(wide)
-    return torch.addmm(base.to(wide), torch.cat(parts, dim=1).to(wide), A).to(base.dtype)
+    mixed = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
+    start = base.to(wide)
+    for column, scaling, A, B in zip(own.columns, own.scalings, member.lora_A, member.lora_B, strict=True):
+        if shares[column]:
+            start = torch.addmm(start, B.to(wide), A.to(wide), alpha=shares[column] * scaling, out=mixed)
+    if mixed is not out:
+        out.copy_(mixed)

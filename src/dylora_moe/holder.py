@@ -43,8 +43,9 @@ class Routing:
         ready: outputs `[…, O]` by layer of those that were computed with the first layer fed by the same input x.
         siblings: by layer the names of the layers usually fed by the same input, itself included.
         layers: the routed layers by name.
-        folded: by layer, the weight that a fixed mixture is folded into and its original values; empty outside a
-            generation that folds.
+        folded: by name, the layers with a fixed mixture in their base's weight, and its original values; empty
+            outside a generation that folds.
+        spare: by name, the memory that layers were folded into, for the next time; its contents mean nothing.
         reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
         lock: held by the thread whose routing is in force; threads that share a model take turns.
     """
@@ -61,6 +62,7 @@ class Routing:
     siblings: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     layers: dict[str, Any] = field(default_factory=dict, repr=False)
     folded: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)
+    spare: dict[str, Tensor] = field(default_factory=dict, repr=False)
     reached: dict[str, int] | None = None
     lock: CallLock = field(default_factory=CallLock, repr=False)
 

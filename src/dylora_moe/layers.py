@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D in, O out, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -87,13 +87,13 @@ class RoutedLayer:
         return _bare_instance, (_peft_class(type(self)),), cast(nn.Module, self).__dict__
 
 
-def lay_out_experts(layers: Iterable[Any], names: Sequence[str]) -> None:
-    """Keep the experts' matrices of each layer in one block of memory, in the order of `names`."""
-    for layer in layers:
-        for part in (layer.lora_A, layer.lora_B):
-            weights = [part[name].weight for name in names if name in part]
-            if weights:
-                lay_side_by_side(weights)
+def lay_out_experts(routing: Routing, names: Sequence[str]) -> None:
+    """Keep the A of layers fed by one input in one block of memory, and the B of each layer, in the order of `names`."""
+    for path, layer in routing.layers.items():
+        group = [routing.layers[other] for other in routing.siblings[path]] or [layer]
+        if group[0] is layer:
+            lay_side_by_side([one.lora_A[name].weight for one in group for name in names if name in one.lora_A])
+        lay_side_by_side([layer.lora_B[name].weight for name in names if name in layer.lora_B])
 
 
 def carried(layer: LoraLayer, names: Any) -> list[str]:
@@ -109,11 +109,13 @@ class Group(NamedTuple):
         layers: the layers; the first is the one that was called first.
         members: what the forms need to know of each; none where the layers carry none of the experts in force.
         packed: what a form keeps of the members' matrices for the length of one `generate` call.
+        biased: whether the B of an expert has a bias.
     """
 
     layers: list[Any]
     members: list[Member]
     packed: dict[Hashable, Any]
+    biased: bool
 
 
 def group_of(layer: Any, names: tuple[str, ...], routing: Routing) -> Group | None:
@@ -121,18 +123,17 @@ def group_of(layer: Any, names: tuple[str, ...], routing: Routing) -> Group | No
     first = member_of(layer, names)
     if first is None:
         return None
-    group = Group([layer], [first] if first.experts.columns else [], {})
-    if first.weight is None or not group.members:
-        return group
-    for name in routing.siblings.get(layer.routing_name, ()):
+    layers, members = [layer], [first] if first.experts.columns else []
+    alone = first.weight is None or not members
+    for name in () if alone else routing.siblings.get(layer.routing_name, ()):
         other = routing.layers[name]
         member = None if other is layer else member_of(other, names)
         if member is None or member.weight is None or not member.experts.columns:
             continue
         if member.experts.dropout == first.experts.dropout and member.weight.device == first.weight.device:
-            group.layers.append(other)
-            group.members.append(member)
-    return group
+            layers.append(other)
+            members.append(member)
+    return Group(layers, members, {}, any(True in one.lora_bias.values() for one in layers))
 
 
 def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
@@ -175,16 +176,18 @@ def weight_of(linear: Any) -> Tensor:
 
 def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     """The output of the group's first layer; those of the others wait in `routing.ready` for their own calls."""
-    layers, members, packed = group
+    layers, members, packed, biased = group
     flat, leading = x.flatten(0, -2), x.shape[:-1]
-    memo = None  # what is kept fits layers of this shape on this device; a base may lie on several
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        memo = routing.memo.setdefault((leading, x.device), {})
+    keep = memo = None
+    if not torch.is_grad_enabled():
+        keep = None if routing.packed is None else packed
+        if not torch.compiler.is_compiling():  # what is kept fits layers of this shape on this device
+            memo = routing.memo.setdefault((leading, x.device), {})
     weights = remember(memo, "weights", lambda: routing.weights_for(leading, x.device))
-    keep = None if routing.packed is None or torch.is_grad_enabled() else packed
-    count, active = len(routing.names), routing.active
-    key = (routing.form, flat.shape[0], active)
-    form = remember(keep, key, lambda: choose(routing.form, flat, members, count, active))
+    key = (routing.form, leading, routing.active)
+    form, lasting = remember(keep, key, lambda: form_of(routing, members, flat, leading[0]))
+    if not lasting:
+        keep = None
     if form == "gathered":
         outputs = gathered_mixture(flat, weights, members, cast(int, routing.active), keep, memo)
     elif form == "grouped":
@@ -192,27 +195,33 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
         outputs = grouped_mixture(flat, weights, members, active, routing.recompute_shrink, keep, memo)
     else:
         outputs = dense_mixture(flat, weights, members, routing.recompute_shrink, keep, memo)
-    outputs = [y.reshape(leading + y.shape[1:]) for y in outputs]
     if members[0].weight is None:
-        outputs[0] = layers[0].base_layer(x) + outputs[0]
-    outputs = [
-        with_lora_bias(layer, member, weights, y) for layer, member, y in zip(layers, members, outputs, strict=True)
-    ]
+        outputs[0] = layers[0].base_layer(x).flatten(0, -2) + outputs[0]
+    if biased:
+        outputs = [with_lora_bias(*each, weights) for each in zip(layers, members, outputs, strict=True)]
+    outputs = [y.view(leading + y.shape[1:]) for y in outputs]
     if len(layers) > 1:
         others = zip(layers[1:], outputs[1:], strict=True)
         routing.ready = (x, {layer.routing_name: y for layer, y in others})
     return outputs[0]
 
 
-def with_lora_bias(layer: Any, member: Member, weights: Tensor, y: Tensor) -> Tensor:
-    """`y [..., O]` plus the weighted biases of the experts' B."""
-    if True not in layer.lora_bias.values():
-        return y
-    gates = weights.unflatten(0, y.shape[:-1])
+def form_of(routing: Routing, members: list[Member], flat: Tensor, rows: int) -> tuple[str, bool]:
+    """The form for `flat [T, D]`, and whether it is that of one token for each of the `rows` too.
+
+    If it is not, a generation needs this form's matrices for its prompt alone and does not keep them.
+    """
+    count, active = len(routing.names), routing.active
+    form = choose(routing.form, flat, members, count, active)
+    return form, form == choose(routing.form, flat[:rows], members, count, active)
+
+
+def with_lora_bias(layer: Any, member: Member, y: Tensor, weights: Tensor) -> Tensor:
+    """`y [T, O]` plus the weighted biases of the experts' B; `weights [T, E]`."""
     names = carried(layer, layer.routing.names)
     for name, column, scaling in zip(names, member.experts.columns, member.experts.scalings, strict=True):
         if layer.lora_bias[name]:
-            y = y + (gates[..., column, None] * (scaling * layer.lora_B[name].bias)).to(y.dtype)
+            y = y + (weights[:, column, None] * (scaling * layer.lora_B[name].bias)).to(y.dtype)
     return y
 
 

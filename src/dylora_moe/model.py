@@ -219,9 +219,16 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         save_mixture(self, save_directory, state_dict=state_dict, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DyLoraMoE:
+        self.routing.spare.clear()
         result = super()._apply(fn, recurse)
-        lay_out_experts(self._layers, self.expert_names)
+        lay_out_experts(self.routing, self.expert_names)
         return result
+
+    def train(self, mode: bool = True) -> DyLoraMoE:
+        """As in torch; training also gives back the memory that `generate(fold=True)` keeps."""
+        if mode:
+            self.routing.spare.clear()
+        return super().train(mode)
 
     def _refresh(self) -> None:
         """Bring everything derived from the set of experts up to date."""
@@ -232,7 +239,7 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         for name in self._frozen_experts:
             self.base_model.set_requires_grad(name, False)
         self._layers = routed_layers(self.base_model)
-        lay_out_experts(self._layers, names)
+        lay_out_experts(self.routing, names)
         adapted = [layer.routing_name for layer in self._layers if layer.r]
         self._adapts_head = any(self.placement.layer_of(path) == self.placement.num_layers for path in adapted)
         lowest = lowest_layer(self.placement, adapted)

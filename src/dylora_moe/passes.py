@@ -45,7 +45,8 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
     if model.routing.folded and not request.fold:  # another call within a generation that folds
         unfold(model)
     if not torch.compiler.is_compiling():
-        _check_not_bypassed(model)
+        if not model.routing.folded:
+            _check_not_bypassed(model)
         if model.training:
             keep_routing_in_checkpoints(decoder, model.routing)
             _undo_input_require_grads(model.get_base_model())
@@ -111,6 +112,7 @@ def read(model: DyLoraMoE, hidden: Tensor) -> None:
     if model._records is not None and model.training:
         model._records.append(RouterRecord(hidden, prompt, decision.routed_mask(hidden.device)))
     _decide(model, decision, scores)
+    _fold(model, request, decision)
 
 
 class RouterRecord:

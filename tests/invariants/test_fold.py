@@ -97,6 +97,35 @@ def test_another_call_in_between_sees_the_original_weights():
     assert torch.equal(found, whole)
 
 
+def test_the_memory_of_a_fold_serves_the_next_one_until_training_or_a_move():
+    model = mixture()
+    before, arguments = weights_of(model), {"fold": True, "max_new_tokens": 4, "do_sample": False}
+    found = [model.generate(IDS, experts="expert_0", **arguments)]
+    kept = {name: memory.data_ptr() for name, memory in model.routing.spare.items()}
+    assert set(kept) == {layer.routing_name for layer in model._layers}
+    model.generate(IDS, experts="expert_1", **arguments)
+    assert {name: memory.data_ptr() for name, memory in model.routing.spare.items()} == kept
+    found.append(model.generate(IDS, experts="expert_0", **arguments))
+    assert_as_before(model, before)
+    model.train().eval()
+    assert not model.routing.spare
+    found.append(model.generate(IDS, experts="expert_0", **arguments))
+    model.get_base_model().float()  # which the mixture does not see
+    found.append(model.generate(IDS, experts="expert_0", **arguments))
+    model.to(torch.float64)
+    assert not model.routing.spare
+    found.append(model.generate(IDS, experts="expert_0", **arguments))
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
+
+
+@torch.no_grad()
+def test_a_prompt_of_sequence_granularity_runs_folded_already(monkeypatch):
+    """Its decision is known when the router has read, below the first adapted layer."""
+    model = mixture(granularity="sequence")
+    monkeypatch.setattr("dylora_moe.layers.mix_group", None)  # nothing is mixed
+    model.generate(IDS, fold=True, max_new_tokens=3, do_sample=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "call", "rows", "message"),
     [

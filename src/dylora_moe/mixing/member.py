@@ -106,9 +106,11 @@ def lay_side_by_side(parameters: Sequence[Tensor]) -> None:
 
     Nothing needs it: what is moved apart again (`.to()`, a copy) is concatenated where it is used.
     """
+    if len(parameters) < 2:
+        return
     first = parameters[0]
     kinds = {(type(p), p.dtype, p.device) for p in parameters}
-    if len(parameters) < 2 or kinds != {(torch.nn.Parameter, first.dtype, first.device)} or first.device.type == "meta":
+    if kinds != {(torch.nn.Parameter, first.dtype, first.device)} or first.device.type == "meta":
         return
     with torch.no_grad():
         if side_by_side(parameters) is not None:

@@ -113,38 +113,67 @@ def gathered_mixture(
     packed: dict[Hashable, Any] | None = None,
     memo: dict[Hashable, Any] | None = None,
 ) -> list[Tensor]:
-    """The same as `grouped_mixture`; copies T·K pairs of matrices, so for few tokens."""
+    """The same as `grouped_mixture`; copies T·K of the A, so for few tokens."""
     dtype, dropout, tokens = compute_dtype(x), members[0].experts.dropout, x.shape[0]
-    indices = remember(memo, ("indices", tokens), lambda: best(weights, active))
-    A, Bs = remember(packed, ("gathered", dtype), lambda: _gatherable(members, dtype, packed is not None))
+    A, Bs, scalings = remember(packed, ("gathered", dtype), lambda: _gatherable(members, dtype, packed is not None))
+    rank = A.shape[1]
+    chosen = remember(
+        memo, ("chosen", tokens, dtype, rank, scalings), lambda: Chosen.of(weights, active, members, rank, dtype)
+    )
     xd = (F.dropout(x, dropout) if dropout else x).to(dtype)
-    flat = indices.flatten()
-    chosen = A.index_select(0, flat)  # [T·K, ΣR, D]
+    rows, width = A.index_select(0, chosen.matrices), len(members) * active * rank  # [T·M·K, R, D]
     if tokens == 1:
-        H = F.linear(xd, chosen.flatten(0, 1)).view(1, active, A.shape[1])
+        H = F.linear(xd, rows.view(width, -1)).view(len(members), -1)
     else:
-        rows = chosen.view(tokens, active * A.shape[1], A.shape[2])
-        H = torch.bmm(rows, xd.unsqueeze(-1)).view(tokens, active, A.shape[1])
-    outputs, at = [], 0
-    for member, B in zip(members, Bs, strict=True):
-        scalings, width = member.experts.scalings, B.shape[1]
-        key = ("gates", tokens, scalings, dtype)
-        gates = remember(
-            memo, key, lambda m=member: _gates(weights, indices, m.experts.scaling_row(weights), dtype).unsqueeze(-1)
-        )
-        gated = (H[..., at : at + width] * gates).flatten(1)  # [T, K·R]
-        at += width
-        rows = B.index_select(0, flat)  # [T·K, R, O]
-        if tokens == 1:
-            delta, rows = gated, rows.flatten(0, 1)
-            if member.weight is None:
-                outputs.append(delta @ rows)
-            else:
-                outputs.append(torch.addmm(F.linear(x, member.weight, member.bias), delta, rows))
-            continue
-        delta = torch.bmm(gated.unsqueeze(1), rows.view(tokens, gated.shape[1], rows.shape[2])).squeeze(1)
-        outputs.append(delta if member.weight is None else F.linear(x, member.weight, member.bias) + delta)
+        H = torch.bmm(rows.view(tokens, width, rows.shape[2]), xd.unsqueeze(-1))
+        H = H.view(tokens, len(members), active * rank).transpose(0, 1).flatten(1)
+    outputs = []
+    for member, B, gated in zip(members, Bs, (H * chosen.gates).unbind(), strict=True):
+        if B.dim() == 2:  # Σ gated · B[rows]
+            delta = torch.embedding_bag(B, chosen.rows, chosen.starts, False, 0, False, gated)[0]
+        else:
+            pairs = torch.bmm(B.index_select(0, chosen.experts), gated.view(-1, rank, 1))
+            delta = pairs.view(tokens, active, B.shape[1]).sum(1)
+        if member.weight is not None:
+            y = F.linear(x, member.weight, member.bias)
+            delta = y + delta if torch.is_grad_enabled() or torch.compiler.is_compiling() else y.add_(delta)
+        outputs.append(delta)
     return outputs
+
+
+class Chosen(NamedTuple):
+    """Where the gathered form finds the matrices of each token's experts; M members, all padded to the rank R.
+
+    Attributes:
+        experts: `[T·K]`, those of one token after the other.
+        matrices: `[T·M·K]` of the A, among those `[M·E, R, D]` of all members.
+        rows: `[T·K·R]` of each member's B, among the rows `[E·R, O]`.
+        starts: `[T]` where the rows of each token start.
+        gates: `[M, T·K·R]`, or `[1, T·K·R]` where all members have the same.
+    """
+
+    experts: Tensor
+    matrices: Tensor
+    rows: Tensor
+    starts: Tensor
+    gates: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, active: int, members: Sequence[Member], rank: int, dtype: torch.dtype) -> Chosen:
+        """The `active` largest of `weights [T, E]`."""
+        (tokens, experts), device = weights.shape, weights.device
+        indices = best(weights, active)
+        first = torch.arange(len(members), device=device) * experts
+        rows = indices.unsqueeze(-1) * rank + torch.arange(rank, device=device)
+        kinds = members[:1] if len({m.experts.scalings for m in members}) == 1 else members
+        gates = [_gates(weights, indices, m.experts.scaling_row(weights), dtype) for m in kinds]
+        return cls(
+            indices.flatten(),
+            (indices.unsqueeze(1) + first.unsqueeze(-1)).flatten(),
+            rows.flatten(),
+            torch.arange(tokens, device=device) * (active * rank),
+            torch.stack(gates).repeat_interleave(rank, dim=-1).flatten(1),
+        )
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -202,9 +231,16 @@ def _padded_rank(member: Member, dtype: torch.dtype) -> int:
     return -(-max(member.experts.ranks) // block) * block
 
 
-def _gatherable(members: Sequence[Member], dtype: torch.dtype, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    Bs = [B.transpose(1, 2) for B in stack_B(members, dtype)]
-    return stack_A(members, dtype), [B.contiguous() for B in Bs] if keep else Bs
+def _gatherable(
+    members: Sequence[Member], dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, list[Tensor], tuple[tuple[float, ...], ...]]:
+    """The A of all members `[M·E, R, D]`, each member's B `[E, O, R]` or to `keep` `[E·R, O]`, and its scalings."""
+    rank = max(_padded_rank(m, dtype) for m in members)
+    A = [matrix for m in members for matrix in m.lora_A]
+    Bs = [stacked(m.lora_B, m.lora_B[0].shape[0], rank, dtype) for m in members]
+    if keep:
+        Bs = [B.transpose(1, 2).flatten(0, 1) for B in Bs]
+    return stacked(A, rank, A[0].shape[1], dtype), Bs, tuple(m.experts.scalings for m in members)
 
 
 def _gates(weights: Tensor, indices: Tensor, scalings: Tensor | float, dtype: torch.dtype) -> Tensor:
