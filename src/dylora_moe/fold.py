@@ -66,7 +66,9 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
         original = parameter.data
         if layer.routing_name not in folded:
             folded[layer.routing_name] = (layer, original)
-        if any(shares[column] for column in member.experts.columns):
+        own = member.experts
+        scales = [shares[column] * scaling for column, scaling in zip(own.columns, own.scalings, strict=True)]
+        if any(scales):
             mixed = model.routing.spare.pop(layer.routing_name, original)
             if mixed is original or (mixed.shape, mixed.dtype, mixed.device) != (
                 original.shape,
@@ -74,7 +76,7 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
                 original.device,
             ):
                 mixed = torch.empty_like(original)
-            _mix_into(mixed.T if isinstance(layer.base_layer, Conv1D) else mixed, member, shares)
+            _mix_into(mixed.T if isinstance(layer.base_layer, Conv1D) else mixed, member, scales)
             parameter.data = mixed
         if shortcut:
             layer.forward = layer.base_layer.forward
@@ -92,14 +94,13 @@ def unfold(model: DyLoraMoE) -> None:
         layer.__dict__.pop("forward", None)
 
 
-def _mix_into(out: Tensor, member: Member, shares: list[float]) -> None:
-    """Write `W + Σ_e w_e s_e B_e A_e` into `out [O, D]`, over the experts with a share w_e that the layer carries."""
-    base, own = cast(Tensor, member.weight), member.experts
+def _mix_into(out: Tensor, member: Member, scales: list[float]) -> None:
+    """Write `W + Σ_e scale_e B_e A_e` into `out [O, D]`; not every scale is zero."""
+    base = cast(Tensor, member.weight)
     wide = torch.promote_types(base.dtype, member.lora_A[0].dtype)
     mixed = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-    start = base.to(wide)
-    for column, scaling, A, B in zip(own.columns, own.scalings, member.lora_A, member.lora_B, strict=True):
-        if shares[column]:
-            start = torch.addmm(start, B.to(wide), A.to(wide), alpha=shares[column] * scaling, out=mixed)
+    A = torch.cat([A.to(wide) for A, scale in zip(member.lora_A, scales, strict=True) if scale])
+    B = torch.cat([B.to(wide) * scale for B, scale in zip(member.lora_B, scales, strict=True) if scale], dim=1)
+    torch.addmm(base.to(wide), B, A, out=mixed)
     if mixed is not out:
         out.copy_(mixed)

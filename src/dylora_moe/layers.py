@@ -88,7 +88,7 @@ class RoutedLayer:
 
 
 def lay_out_experts(routing: Routing, names: Sequence[str]) -> None:
-    """Keep the A of layers fed by one input in one block of memory, and the B of each layer, in the order of `names`."""
+    """Keep the A of the layers fed by one input in one block of memory, and the B of each layer, in `names`' order."""
     for path, layer in routing.layers.items():
         group = [routing.layers[other] for other in routing.siblings[path]] or [layer]
         if group[0] is layer:
@@ -182,7 +182,10 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     if not torch.is_grad_enabled():
         keep = None if routing.packed is None else packed
         if not torch.compiler.is_compiling():  # what is kept fits layers of this shape on this device
-            memo = routing.memo.setdefault((leading, x.device), {})
+            at = (leading, x.device)
+            memo = routing.memo.get(at)
+            if memo is None:
+                memo = routing.memo[at] = {}
     weights = remember(memo, "weights", lambda: routing.weights_for(leading, x.device))
     key = (routing.form, leading, routing.active)
     form, lasting = remember(keep, key, lambda: form_of(routing, members, flat, leading[0]))

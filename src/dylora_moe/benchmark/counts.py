@@ -43,9 +43,22 @@ def _added_flops(c: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kw
     return 2 * math.prod(a) * b[-1]
 
 
+def _bag_flops(rows: Any, indices: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A sum of rows with weights, what a GEMM of the chosen rows does; without weights nothing is multiplied."""
+    return 2 * math.prod(indices) * rows[1] if len(args) > BAG_WEIGHTS - 2 and args[BAG_WEIGHTS - 2] else 0
+
+
+BAG_WEIGHTS = 6  # place of the weights among the arguments of an embedding bag
+BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
 aten = torch.ops.aten
 # what FlopCounterMode does not know
-FLOP_FORMULAS = {aten._grouped_mm: _grouped_mm_flops, aten.addmm_: _added_flops, aten.baddbmm_: _added_flops}
+FLOP_FORMULAS = {
+    aten._grouped_mm: _grouped_mm_flops,
+    aten.addmm_: _added_flops,
+    aten.baddbmm_: _added_flops,
+    aten._embedding_bag: _bag_flops,
+    aten._embedding_bag_forward_only: _bag_flops,
+}
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any], within: Sequence[nn.Module] | None = None) -> int:
@@ -127,9 +140,11 @@ class _Gemms(TorchDispatchMode):
         self.inside, self.inner = inside, Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        left = GEMMS.get(func.overloadpacket.__name__) if self.inside.depth else None
-        if left is not None:
-            self.inner[args[left].shape[-1]] += 1
+        name = func.overloadpacket.__name__ if self.inside.depth else ""
+        if name in GEMMS:
+            self.inner[args[GEMMS[name]].shape[-1]] += 1
+        elif name in BAGS and len(args) > BAG_WEIGHTS and args[BAG_WEIGHTS] is not None:
+            self.inner[args[1].numel() // max(1, args[2].numel())] += 1
         return func(*args, **(kwargs or {}))
 
 

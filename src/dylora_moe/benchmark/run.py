@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .settings import Settings
 from .work import Runner, runners
 
 FORMAT_VERSION = 1
+COUNTED_TOKENS = 8  # of a generation: counting is slow, and every further token is like the last
 Progress = Callable[[str], None]
 
 
@@ -41,8 +43,9 @@ def run(settings: Settings, progress: Progress = lambda _: None) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder, _threads(settings.threads):
         models = Models(settings, Path(folder))
         made, missing = runners(settings, models)
+        few = replace(settings, new_tokens=min(settings.new_tokens, COUNTED_TOKENS))
         with models.running():
-            rows = count(settings, models, made, progress)
+            rows = count(few, models, made if few == settings else runners(few, models)[0], progress)
         if settings.rounds:
             add_times(settings, made, rows, progress)
         machine = describe(settings.device)
@@ -60,7 +63,7 @@ def run(settings: Settings, progress: Progress = lambda _: None) -> dict[str, An
 def count(
     settings: Settings, models: Models, made: list[Runner], progress: Progress = lambda _: None
 ) -> list[dict[str, Any]]:
-    """What does not depend on timing, a row per variant."""
+    """What does not depend on timing, a row per variant; of a generation, for its first tokens only."""
     widths = {models.base.get_submodule(path).in_features for path in models.targets}
     rows, base = [], None
     for runner in made:

@@ -233,14 +233,18 @@ def _padded_rank(member: Member, dtype: torch.dtype) -> int:
 
 def _gatherable(
     members: Sequence[Member], dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, list[Tensor], tuple[tuple[float, ...], ...]]:
-    """The A of all members `[M·E, R, D]`, each member's B `[E, O, R]` or to `keep` `[E·R, O]`, and its scalings."""
+) -> tuple[Tensor, list[Tensor], tuple[float | tuple[float, ...], ...]]:
+    """The A of all members `[M·E, R, D]`, each member's B `[E, O, R]` or to `keep` `[E·R, O]`, and its scalings.
+
+    Scalings that are all the same stand as one number.
+    """
     rank = max(_padded_rank(m, dtype) for m in members)
     A = [matrix for m in members for matrix in m.lora_A]
     Bs = [stacked(m.lora_B, m.lora_B[0].shape[0], rank, dtype) for m in members]
     if keep:
         Bs = [B.transpose(1, 2).flatten(0, 1) for B in Bs]
-    return stacked(A, rank, A[0].shape[1], dtype), Bs, tuple(m.experts.scalings for m in members)
+    scalings = [m.experts.scalings for m in members]
+    return stacked(A, rank, A[0].shape[1], dtype), Bs, tuple(s[0] if s.count(s[0]) == len(s) else s for s in scalings)
 
 
 def _gates(weights: Tensor, indices: Tensor, scalings: Tensor | float, dtype: torch.dtype) -> Tensor:
