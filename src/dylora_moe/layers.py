@@ -130,7 +130,8 @@ def group_of(layer: Any, names: tuple[str, ...], routing: Routing) -> Group | No
         member = None if other is layer else member_of(other, names)
         if member is None or member.weight is None or not member.experts.columns:
             continue
-        if member.experts.dropout == first.experts.dropout and member.weight.device == cast(Tensor, first.weight).device:
+        device = cast(Tensor, first.weight).device
+        if member.experts.dropout == first.experts.dropout and member.weight.device == device:
             layers.append(other)
             members.append(member)
     return Group(layers, members, {}, any(True in one.lora_bias.values() for one in layers))

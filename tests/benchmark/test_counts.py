@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch import nn
 
 from dylora_moe.benchmark import counts
 from dylora_moe.benchmark.run import count
@@ -139,3 +143,11 @@ def test_graph_breaks(variants):
 
     broken = plain_runner(torch.nn.Linear(1, 1), two_graphs)
     assert counts.graph_breaks(broken) == 1
+
+
+def test_counting_saved_bytes_leaves_nothing_behind():
+    layers, kept = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4)), []
+    layers[1].register_forward_hook(lambda _module, _args, output: kept.append(weakref.ref(output)))
+    counts.saved_bytes(layers, lambda: layers(torch.randn(2, 4)))
+    gc.collect()
+    assert [reference() for reference in kept] == [None]

@@ -78,8 +78,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any], within: Sequence[n
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and (inside is None or inside.depth):
             storages[storage._cdata] = storage.nbytes()
-        kept.append(tensor)  # so that no address is used twice
-        return tensor
+        kept.append(tensor.untyped_storage())  # so that no address is used twice
+        return tensor.detach()  # the output of the node that keeps it would close a circle that nothing frees
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

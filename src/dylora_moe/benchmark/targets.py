@@ -28,7 +28,7 @@ PLANS = {
         batch=1, length=2048, rounds=0, dtype="bfloat16", fake=True,
     ),
     "graphs": Settings("prefill", "small", (8,), ("base", "peft", "auto", "auto-top"), rounds=0, graphs=True),
-    "training": Settings("train", "medium", (8,), (*PEERS, "dense", "auto"), layers=6, rounds=11),
+    "training": Settings("train", "medium", (8,), (*PEERS, "auto"), rounds=7, warmup=1),
     "experts": Settings(
         "train", "small", (1, 2, 4, 8, 16, 32, 64), ("base", "base-again", "peft", "peft-wide", "auto")
     ),
