@@ -152,10 +152,8 @@ def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
         columns = tuple(names.index(name) for name in present)
     if layer.lora_variant and any(name in layer.lora_variant for name in present):
         return None
-    rates: set[float] = set()
-    for name in present:
-        drop = drops[name]
-        rates.add(drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
+    own_drops = [drops[name] for name in present]
+    rates = {drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0 for drop in own_drops}
     if len(rates) > 1:  # experts with different dropout need a mask each
         return None
     lora_A = [weight_of(own_A[name]) for name in present]

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dylora_moe import DyLoraMoE, MoELoraConfig, routing
-from dylora_moe.mixing import choose, gathered_mixture, grouped_mixture, sparse
+from dylora_moe.benchmark.counts import FLOP_FORMULAS
+from dylora_moe.mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, sparse
 from dylora_moe.mixing.member import LayerExperts, Member, side_by_side
 from oracle import Loop
 from tiny import difference, routed_layer
@@ -164,10 +167,6 @@ def test_matrices_side_by_side_are_not_copied():
 def test_experts_outside_the_best_cost_no_flops(form, mixture):
     x, member = members()
     counts = {}
-
-    def grouped_flops(a, b, *args, out_shape=None, **kwargs):
-        return 2 * a[0] * a[1] * b[2]
-
     for experts in (4, 8):
         own = member.experts
         some = member._replace(
@@ -176,7 +175,7 @@ def test_experts_outside_the_best_cost_no_flops(form, mixture):
             lora_B=member.lora_B[:experts],
         )
         weights = routing.top_k(torch.randn(len(x), experts), 2)
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+        counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         with torch.no_grad(), counter:
             mixture(x, weights, [some], 2)
         counts[experts] = counter.get_total_flops()
@@ -191,8 +190,32 @@ def test_the_choice_follows_from_shapes():
     assert choose("auto", x, [member], 64, 64) == "dense"
     assert choose("auto", x[:1], [member], 64, 2) == "gathered"
     assert choose("auto", x, [member], 64, 2) == "grouped"
+    with torch.no_grad():  # where the gathered form copies nothing
+        assert choose("auto", x, [member], 64, 2) == "gathered"
+        assert choose("auto", x, [member], 64, 64 // 2) == "dense"
+        assert choose("auto", x.bfloat16(), [member], 64, 2) == "grouped"
     some = member._replace(experts=member.experts._replace(columns=(*range(63), 70)))
     assert choose("grouped", x, [some], 64, 2) == "dense"  # an expert that the layer lacks
+
+
+@torch.no_grad()
+def test_without_gradients_no_matrix_is_copied_per_token():
+    """No matrix of `[T·K, R, D]` or `[T·K, O, R]`: nothing larger than the experts' own matrices is allocated."""
+    x, member = members(experts=8, rank=16, width=64)
+    x = x.repeat(64, 1)
+    weights = routing.top_k(torch.randn(len(x), 8), 2)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided)
+            return out
+
+    with Sizes():
+        found = gathered_mixture(x, weights, [member], 2)
+    assert max(sizes) <= len(x) * 64  # of x and y; T·K copies would be 32 times that
+    assert difference(found[0], dense_mixture(x, weights, [member])[0]) <= 2e-6
 
 
 def test_the_matrices_of_a_mixture_lie_side_by_side():

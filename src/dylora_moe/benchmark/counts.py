@@ -21,7 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from .work import Runner
 
 # name of the aten operator → which of its arguments is the left factor, [.., inner]
-GEMMS = {"mm": 0, "mv": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "addmv": 1, "baddbmm": 1, "baddbmm_": 1}
+GEMMS = {
+    "mm": 0,
+    "mv": 0,
+    "bmm": 0,
+    "_grouped_mm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "addmv": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "sparse_sampled_addmm": 1,
+}
 
 
 def flops(runner: Runner) -> int:
@@ -48,6 +59,12 @@ def _bag_flops(rows: Any, indices: Any, *args: Any, out_shape: Any = None, **kwa
     return 2 * math.prod(indices) * rows[1] if len(args) > BAG_WEIGHTS - 2 and args[BAG_WEIGHTS - 2] else 0
 
 
+def _sampled_flops(pattern: Tensor, a: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """A product of which only the entries of a sparse pattern are computed."""
+    return 2 * pattern._nnz() * a.shape[-1]
+
+
+_sampled_flops._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then passes tensors instead of shapes
 BAG_WEIGHTS = 6  # place of the weights among the arguments of an embedding bag
 BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
 aten = torch.ops.aten
@@ -58,6 +75,7 @@ FLOP_FORMULAS = {
     aten.baddbmm_: _added_flops,
     aten._embedding_bag: _bag_flops,
     aten._embedding_bag_forward_only: _bag_flops,
+    aten.sparse_sampled_addmm: _sampled_flops,
 }
 
 

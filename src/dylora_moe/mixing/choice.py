@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .member import Member, compute_dtype
-from .sparse import aligned
+from .sparse import aligned, gathers_in_place
 
 FORMS = ("auto", "dense", "grouped", "gathered", "reference")
 
@@ -26,11 +26,15 @@ class Crossovers(NamedTuple):
 
     Attributes:
         gathered_copies: gathered pays while T · K · this ≤ E.
-        grouped_ratio: grouped pays from this many experts per active one (E / K).
+        gathered_ratio: where it copies nothing, also from this many experts per active one (E / K).
+        gathered_tokens: and from this many tokens.
+        grouped_ratio: elsewhere grouped pays from this many experts per active one.
         grouped_tokens: and from this many tokens.
     """
 
     gathered_copies: float
+    gathered_ratio: float
+    gathered_tokens: int
     grouped_ratio: float
     grouped_tokens: int
 
@@ -64,11 +68,9 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
         return "dense"  # all that torch's grouped_mm takes there
     if form == "grouped":
         return "grouped"
-    if not aligned(x, members):
-        return "dense"
-    at, tokens = crossovers(x.device.type), x.shape[0]
+    at, tokens, ratio = crossovers(x.device.type), x.shape[0], num_experts / active
     if tokens * active * at.gathered_copies <= num_experts:
         return "gathered"
-    if num_experts / active >= at.grouped_ratio and tokens >= at.grouped_tokens:
-        return "grouped"
-    return "dense"
+    if gathers_in_place(x):
+        return "gathered" if ratio >= at.gathered_ratio and tokens >= at.gathered_tokens else "dense"
+    return "grouped" if aligned(x, members) and ratio >= at.grouped_ratio and tokens >= at.grouped_tokens else "dense"

@@ -131,7 +131,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     starts = list(itertools.accumulate(sizes, initial=first.data_ptr()))
     if [t.data_ptr() for t in tensors] != starts[:-1] or starts[-1] > storage.data_ptr() + storage.nbytes():
         return None
-    if not all(t.is_contiguous() and t.dtype is first.dtype for t in tensors):
+    if False in [t.is_contiguous() for t in tensors] or len({t.dtype for t in tensors}) > 1:
         return None
     return first.as_strided((sum(sizes) // size,), (1,))
 

@@ -8,7 +8,8 @@ The gate is applied to H `[P, R]`, not to the output.
     y  = x Wᵀ + b + Σ_pairs Hw · B_expertᵀ     [T, O]
 
 Gathered, for few tokens (decoding): the K experts' matrices of each token are copied together, and the pairs are rows
-of one matrix.
+of one matrix. On a CPU without gradients nothing is copied, so that it serves many tokens too: H is a sampled product,
+those entries of x · A_catᵀ that belong to a token's experts, and y a weighted sum of rows of B_catᵀ.
 
 Experts of unequal rank are padded with zeros to the largest. The gradient of a weight outside a token's top K is zero,
 as the policy's own gradient makes it. Shapes: T tokens, D in, O out, R rank, E experts, K active experts per token.
@@ -16,7 +17,9 @@ as the policy's own gradient makes it. Shapes: T tokens, D in, O out, R rank, E 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -113,19 +116,26 @@ def gathered_mixture(
     packed: dict[Hashable, Any] | None = None,
     memo: dict[Hashable, Any] | None = None,
 ) -> list[Tensor]:
-    """The same as `grouped_mixture`; copies T·K of the A, so for few tokens."""
+    """The same as `grouped_mixture`; unless `gathers_in_place`, copies T·K of the A and B, so for few tokens."""
     dtype, dropout, tokens = compute_dtype(x), members[0].experts.dropout, x.shape[0]
-    A, Bs, scalings = remember(packed, ("gathered", dtype), lambda: _gatherable(members, dtype, packed is not None))
+    in_place = tokens > 1 and gathers_in_place(x)
+    by_rows = packed is not None or (in_place and tokens * active >= weights.shape[1])  # transposed no more than copied
+    A, Bs, scalings = remember(packed, ("gathered", dtype), lambda: _gatherable(members, dtype, by_rows))
     rank = A.shape[1]
     chosen = remember(
         memo, ("chosen", tokens, dtype, rank, scalings), lambda: Chosen.of(weights, active, members, rank, dtype)
     )
-    xd = (F.dropout(x, dropout) if dropout else x).to(dtype)
-    rows, width = A.index_select(0, chosen.matrices), len(members) * active * rank  # [T·M·K, R, D]
-    if tokens == 1:
-        H = F.linear(xd, rows.view(width, -1)).view(len(members), -1)
+    xd, width = (F.dropout(x, dropout) if dropout else x).to(dtype), len(members) * active * rank
+    if in_place:
+        pattern = remember(memo, ("pattern", tokens, dtype, A.shape), lambda: chosen.pattern(A, tokens))
+        H = torch.sparse.sampled_addmm(pattern, xd, A.flatten(0, 1).t()).values()
+    elif tokens == 1:
+        H = F.linear(xd, A.index_select(0, chosen.matrices).view(width, -1))
     else:
-        H = torch.bmm(rows.view(tokens, width, rows.shape[2]), xd.unsqueeze(-1))
+        H = torch.bmm(A.index_select(0, chosen.matrices).view(tokens, width, x.shape[1]), xd.unsqueeze(-1))
+    if tokens == 1:
+        H = H.view(len(members), -1)
+    else:
         H = H.view(tokens, len(members), active * rank).transpose(0, 1).flatten(1)
     outputs = []
     for member, B, gated in zip(members, Bs, (H * chosen.gates).unbind(), strict=True):
@@ -139,6 +149,12 @@ def gathered_mixture(
             delta = y + delta if torch.is_grad_enabled() or torch.compiler.is_compiling() else y.add_(delta)
         outputs.append(delta)
     return outputs
+
+
+def gathers_in_place(x: Tensor) -> bool:
+    """Whether the gathered form needs no copies of the matrices of `x`'s experts."""
+    eager_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    return eager_cpu and not torch.is_grad_enabled() and compute_dtype(x) in (torch.float32, torch.float64)
 
 
 class Chosen(NamedTuple):
@@ -175,6 +191,22 @@ class Chosen(NamedTuple):
             torch.stack(gates).repeat_interleave(rank, dim=-1).flatten(1),
         )
 
+    def pattern(self, A: Tensor, tokens: int) -> Tensor:
+        """Zeros, sparse `[T, M·E·R]`: M·K·R entries per token, where it needs a row of all A `[M·E, R, D]`."""
+        _silence_sparse_layouts()
+        columns = (self.matrices.unsqueeze(-1) * A.shape[1] + torch.arange(A.shape[1])).flatten()
+        starts = torch.arange(tokens + 1) * (len(columns) // tokens)
+        shape = (tokens, len(A) * A.shape[1])
+        return torch.sparse_csr_tensor(starts, columns, A.new_zeros(len(columns)), shape, check_invariants=False)
+
+
+@functools.cache
+def _silence_sparse_layouts() -> None:
+    """Use up the one warning per process that torch's sparse layouts are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], (0, 0))
+
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """`torch.nn.functional.grouped_mm`, and on a CPU also where that refuses: float64, rows not of 16-byte blocks.
@@ -207,7 +239,7 @@ def aligned(x: Tensor, members: Sequence[Member]) -> bool:
 
 def stacked(tensors: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """`[E, rows, columns]` in `dtype`, padded with zeros; a view where the tensors lie side by side in memory."""
-    if all(t.shape == (rows, columns) for t in tensors):
+    if [t.shape for t in tensors].count(torch.Size((rows, columns))) == len(tensors):
         flat = side_by_side(tensors)
         stack = torch.stack(list(tensors)) if flat is None else flat.view(len(tensors), rows, columns)
     else:
@@ -232,19 +264,27 @@ def _padded_rank(member: Member, dtype: torch.dtype) -> int:
 
 
 def _gatherable(
-    members: Sequence[Member], dtype: torch.dtype, keep: bool
+    members: Sequence[Member], dtype: torch.dtype, by_rows: bool
 ) -> tuple[Tensor, list[Tensor], tuple[float | tuple[float, ...], ...]]:
-    """The A of all members `[M·E, R, D]`, each member's B `[E, O, R]` or to `keep` `[E·R, O]`, and its scalings.
+    """The A of all members `[M·E, R, D]`, each member's B `[E, O, R]` or `by_rows` `[E·R, O]`, and its scalings.
 
     Scalings that are all the same stand as one number.
     """
     rank = max(_padded_rank(m, dtype) for m in members)
     A = [matrix for m in members for matrix in m.lora_A]
     Bs = [stacked(m.lora_B, m.lora_B[0].shape[0], rank, dtype) for m in members]
-    if keep:
-        Bs = [B.transpose(1, 2).flatten(0, 1) for B in Bs]
+    if by_rows:
+        Bs = [_rows_of(B) for B in Bs]
     scalings = [m.experts.scalings for m in members]
     return stacked(A, rank, A[0].shape[1], dtype), Bs, tuple(s[0] if s.count(s[0]) == len(s) else s for s in scalings)
+
+
+def _rows_of(B: Tensor) -> Tensor:
+    """`B [E, O, R]` as rows `[E·R, O]`, copied."""
+    if B.device.type != "cpu" or not B.numel():
+        return B.transpose(1, 2).flatten(0, 1)
+    E, O, R = B.shape  # a shuffle of channels is the same copy, twice as fast there
+    return F.channel_shuffle(B.view(1, E, 1, O * R).permute(0, 3, 1, 2), O).permute(0, 2, 3, 1).reshape(E * R, O)
 
 
 def _gates(weights: Tensor, indices: Tensor, scalings: Tensor | float, dtype: torch.dtype) -> Tensor:
