@@ -43,7 +43,8 @@ lint: install ## check style, format and types
 	$(RUN) basedpyright
 
 # Each plan measures some of the figures in docs/performance.md; `dylora-moe bench --list` shows them.
-PLANS ?= counts flops flops-training saved graphs training experts top-1024 top-4096 token-1024 generation
+PLANS ?= counts flops flops-training saved graphs training experts experts-prefill top-1024 top-4096 token-1024 generation \
+	generation-peers
 
 bench: install ## measure every figure of the results page (PLANS="saved training" chooses some)
 	@for plan in $(PLANS); do $(OFFLINE) $(RUN) dylora_moe bench --plan $$plan $(ARGS) || exit; done

@@ -9,6 +9,7 @@ from typing import Any
 from .measure import Interval, ratio
 from .settings import Settings
 
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
 PEERS = ("base", "base-again", "peft", "peft-wide", "loop", "passes", "xlora")
 
 PLANS = {
@@ -30,7 +31,10 @@ PLANS = {
     "graphs": Settings("prefill", "small", (8,), ("base", "peft", "auto", "auto-top"), rounds=0, graphs=True),
     "training": Settings("train", "medium", (8,), (*PEERS, "auto"), rounds=7, warmup=1),
     "experts": Settings(
-        "train", "small", (1, 2, 4, 8, 16, 32, 64), ("base", "base-again", "peft", "peft-wide", "auto")
+        "train", "small", COUNTS, ("base", "base-again", "peft", "peft-wide", "auto", "auto-top"), rounds=5, warmup=1
+    ),
+    "experts-prefill": Settings(
+        "prefill", "small", COUNTS, ("base", "base-again", "peft", "peft-wide", "auto", "auto-top")
     ),
     "top-1024": Settings(
         "linear", "medium", (8, 64),

@@ -28,6 +28,7 @@ from .member import (
     compute_dtype,
     dropout_mask,
     dropout_seed,
+    dropped,
     members_from,
     remember,
     side_by_side,
@@ -110,7 +111,7 @@ class _DenseMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weights, experts, seed: int, recompute: bool, *tensors):
         members, dtype = members_from(experts, tensors), compute_dtype(x)
-        xd = _dropped(x, members, seed, dtype)
+        xd = dropped(x, experts[0].dropout, seed, dtype)
         H, gated = shrink(xd, pack_A(members, dtype), all_gates(experts, weights, dtype))
         parts = gated.split([e.width for e in experts], dim=-1)
         ctx.set_materialize_grads(False)
@@ -129,7 +130,7 @@ class _DenseMixture(torch.autograd.Function):
         need = members_from(experts, ctx.needs_input_grad[5:])
         dys = [None if dy is None else dy.to(dtype) for dy in grad_outputs]
         if H is None:
-            H = F.linear(_dropped(x, members, ctx.seed, dtype), pack_A(members, dtype))
+            H = F.linear(dropped(x, experts[0].dropout, ctx.seed, dtype), pack_A(members, dtype))
         gates, packed = all_gates(experts, weights, dtype), pack_B(members, dtype)
         widths = [own.width for own in experts]
         gated, grads = (H * gates).split(widths, dim=-1), []
@@ -165,11 +166,6 @@ class _DenseMixture(torch.autograd.Function):
                     dx = add_base_grad((dH @ A).mul_(mask), dys, members, dtype)
                 dx = cast(Tensor, dx).to(x.dtype)
         return dx, dweights, None, None, None, *[g for grad in grads for g in grad]
-
-
-def _dropped(x: Tensor, members: Sequence[Member], seed: int, dtype: torch.dtype) -> Tensor:
-    p = members[0].experts.dropout
-    return (x * dropout_mask(x, p, seed) if p else x).to(dtype)
 
 
 def _split(grad: Tensor, ranks: tuple[int, ...], dim: int, like: Sequence[Tensor], need: Sequence[Any]) -> list:

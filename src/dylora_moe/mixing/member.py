@@ -158,6 +158,11 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
+def dropped(x: Tensor, p: float, seed: int, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype` after dropout with the mask of `seed`."""
+    return (x * dropout_mask(x, p, seed) if p else x).to(dtype)
+
+
 def add_base_grad(
     dx: Tensor | None, dys: Sequence[Tensor | None], members: Sequence[Member], dtype: torch.dtype
 ) -> Tensor | None:

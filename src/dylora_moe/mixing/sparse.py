@@ -34,6 +34,7 @@ from .member import (
     compute_dtype,
     dropout_mask,
     dropout_seed,
+    dropped,
     members_from,
     remember,
     side_by_side,
@@ -371,8 +372,7 @@ class _GroupedMixture(torch.autograd.Function):
 
 
 def _shrink(x: Tensor, members: Sequence[Member], pairs: Pairs, seed: int, dtype: torch.dtype) -> Tensor:
-    p = members[0].experts.dropout
-    xs = (x * dropout_mask(x, p, seed) if p else x).to(dtype).index_select(0, pairs.tokens)
+    xs = dropped(x, members[0].experts.dropout, seed, dtype).index_select(0, pairs.tokens)
     return grouped_mm(xs, stack_A(members, dtype).transpose(1, 2), pairs.ends)
 
 
