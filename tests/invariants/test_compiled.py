@@ -1,5 +1,7 @@
 """Compiled mixtures: full graphs, few of them, and the plain run's numbers."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,6 +10,13 @@ from dylora_moe import DyLoraMoE, MoELoraConfig
 from tiny import difference
 from tinybase import tiny_base
 
+BACKENDS = (
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")],
+    ),
+)
 SETTINGS = {"dense": {"top_k": 4}, "top-2": {"top_k": 2}, "pass before": {"router_layer": "last"}}
 
 
@@ -65,9 +74,10 @@ def test_one_graph_serves_every_forced_expert():
     assert seen == [1, 1, 1, 1]
 
 
-def test_compiled_training_step_is_one_graph_with_the_plain_gradients():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_training_step_is_one_graph_with_the_plain_gradients(backend):
     plain, fast = mixture().train(), mixture().train()
-    fast.compile(backend="aot_eager", fullgraph=True)
+    fast.compile(backend=backend, fullgraph=True)
     for model in (plain, fast):
         model(ids(12), labels=ids(12), use_cache=False).loss.backward()
     for (name, one), other in zip(fast.named_parameters(), plain.parameters(), strict=True):
