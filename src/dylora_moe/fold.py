@@ -11,6 +11,7 @@ Shapes: D in, O out, E experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -53,8 +54,11 @@ def check_foldable(model: DyLoraMoE, batch: int | None, request: Request) -> boo
 def fold(model: DyLoraMoE, weights: Tensor) -> None:
     """Fold the mixture of `weights [E]` into every layer that allows it; the others go on mixing.
 
-    Layers with DoRA, active dropout, biases of experts, or a base that is not a plain linear layer are left alone.
+    Layers with DoRA, active dropout, biases of experts, a weight that another module shares (a tied head), or a base
+    that is not a plain linear layer are left alone.
     """
+    modules = model.named_modules(remove_duplicate=False)
+    holders = Counter(id(p) for _, module in modules for p in module._parameters.values())
     names, folded, shares = tuple(model.expert_names), model.routing.folded, weights.tolist()
     compiled = model.get_base_model()._compiled_call_impl is not None
     shortcut = model.routing.reached is None and not compiled  # nobody counts, and no graph depends on the layers
@@ -63,6 +67,8 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
         if member is None or member.weight is None or member.experts.dropout or any(layer.lora_bias.values()):
             continue
         parameter = layer.base_layer.weight
+        if holders[id(parameter)] > 1:
+            continue
         original = parameter.data
         if layer.routing_name not in folded:
             folded[layer.routing_name] = (layer, original)

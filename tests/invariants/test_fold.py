@@ -60,6 +60,22 @@ def test_folded_generation_equals_the_mixed_one(case):
     assert_as_before(model, before)
 
 
+def test_a_tied_head_is_not_folded_into_the_embedding():
+    base = tiny_base()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    config = MoELoraConfig(
+        num_experts=2, r=4, init_lora_weights=False, router_layer=1, target_modules=["q_proj", "lm_head"]
+    )
+    model = DyLoraMoE.from_base(base, config).double().eval()
+    assert model.get_base_model().lm_head.base_layer.weight is model.get_base_model().model.embed_tokens.weight
+    arguments = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, "experts": "expert_1"}
+    expected = model.generate(IDS, do_sample=False, **arguments)
+    found = model.generate(IDS, do_sample=False, fold=True, **arguments)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert difference(one, other) <= 1e-6
+
+
 def test_layers_are_folded_while_it_runs_and_restored_after_an_error():
     model = mixture()
     before, seen = weights_of(model), []

@@ -195,8 +195,8 @@ class Chosen(NamedTuple):
     def pattern(self, A: Tensor, tokens: int) -> Tensor:
         """Zeros, sparse `[T, M·E·R]`: M·K·R entries per token, where it needs a row of all A `[M·E, R, D]`."""
         _silence_sparse_layouts()
-        columns = (self.matrices.unsqueeze(-1) * A.shape[1] + torch.arange(A.shape[1])).flatten()
-        starts = torch.arange(tokens + 1) * (len(columns) // tokens)
+        columns = (self.matrices.unsqueeze(-1) * A.shape[1] + torch.arange(A.shape[1], device=A.device)).flatten()
+        starts = torch.arange(tokens + 1, device=A.device) * (len(columns) // tokens)
         shape = (tokens, len(A) * A.shape[1])
         return torch.sparse_csr_tensor(starts, columns, A.new_zeros(len(columns)), shape, check_invariants=False)
 
@@ -206,7 +206,7 @@ def _silence_sparse_layouts() -> None:
     """Use up the one warning per process that torch's sparse layouts are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0], [], [], (0, 0))
+        torch.sparse_csr_tensor([0], [], [], (0, 0), device="cpu")
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
