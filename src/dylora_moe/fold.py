@@ -81,7 +81,8 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
                 original.dtype,
                 original.device,
             ):
-                mixed = torch.empty_like(original)
+                with torch.inference_mode(False):  # it is kept beyond this call
+                    mixed = torch.empty_like(original)
             _mix_into(mixed.T if isinstance(layer.base_layer, Conv1D) else mixed, member, scales)
             parameter.data = mixed
         if shortcut:
@@ -89,15 +90,17 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
 
 
 def unfold(model: DyLoraMoE) -> None:
-    """Put the original weights back."""
+    """Put the original weights back; each is forgotten last, so that what an interrupt leaves can be put back later."""
     folded = model.routing.folded
-    while folded:
-        name, (layer, original) = folded.popitem()
+    for name, (layer, original) in list(folded.items()):
         parameter = layer.base_layer.weight
-        if parameter.data_ptr() != original.data_ptr():
-            model.routing.spare[name] = parameter.data
+        mixed = parameter.data
         parameter.data = original
         layer.__dict__.pop("forward", None)
+        if mixed.data_ptr() != original.data_ptr():
+            model.routing.spare[name] = mixed
+        del folded[name]
+    model.routing.folded_by = None
 
 
 def _mix_into(out: Tensor, member: Member, scales: list[float]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .mixing.align import align_weights
-from .request import CallLock
+from .request import CallLock, Request
 
 
 class State(NamedTuple):
@@ -38,13 +38,14 @@ class Routing:
         form: which of `mixing.FORMS` computes the mixture; "auto" chooses by shapes.
         recompute_shrink: compute H = x·Aᵀ again in the backward pass instead of keeping it.
         packed: per layer and experts what `generate` prepared, for the length of the call; None outside.
-            It can not outlive the call, so no optimizer step, load or `.data` write can make it stale.
+            It can not outlive the call, so no optimizer step, load or `.data` write between calls can make it stale.
         memo: what depends on the weights alone, for the layers of one pass without gradients.
         ready: outputs `[…, O]` by layer of those that were computed with the first layer fed by the same input x.
         siblings: by layer the names of the layers usually fed by the same input, itself included.
         layers: the routed layers by name.
         folded: by name, the layers with a fixed mixture in their base's weight, and its original values; empty
             outside a generation that folds.
+        folded_by: the request they were folded for.
         spare: by name, the memory that layers were folded into, for the next time; its contents mean nothing.
         reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
         lock: held by the thread whose routing is in force; threads that share a model take turns.
@@ -62,9 +63,13 @@ class Routing:
     siblings: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     layers: dict[str, Any] = field(default_factory=dict, repr=False)
     folded: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)
+    folded_by: Request | None = field(default=None, repr=False)
     spare: dict[str, Tensor] = field(default_factory=dict, repr=False)
     reached: dict[str, int] | None = None
     lock: CallLock = field(default_factory=CallLock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spare": {}}
 
     @property
     def in_force(self) -> bool:

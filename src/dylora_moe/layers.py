@@ -318,8 +318,10 @@ class RoutedPeftModel:
     def _given(self, weights: Tensor | None, args: Any, kwargs: Any, generating: bool) -> Iterator[None]:
         if weights is not None and kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names and routing_weights both choose adapters; pass one of the two.")
-        with self.routing.lock.turn():
+        routing = self.routing
+        with routing.lock.turn(), routing.restored(routing.state(), routing.reached):
             if weights is None:
+                routing.reset()
                 yield
                 return
             batch, length = input_shape(args, kwargs)
@@ -327,13 +329,12 @@ class RoutedPeftModel:
             weights = check_weights(weights, len(names), batch, None if generating else length)
             route_layers(cast(Any, self).base_model, self.routing)  # adapters added since
             keep_routing_in_checkpoints(cast(nn.Module, self), self.routing)
-            self.routing.mix(names, weights)
-            self.routing.packed = {} if generating else None
+            routing.mix(names, weights)
+            outer, routing.packed = routing.packed, {} if generating else None
             try:
                 yield
             finally:
-                self.routing.reset()
-                self.routing.packed = None
+                routing.packed = outer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare_peft_model, (_peft_class(type(self)),), cast(nn.Module, self).__dict__

@@ -328,7 +328,7 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         Weights are `[E]` or `[B, E]` and hold for every position; rows are repeated for beams. With `fold=True` a
         mixture that is fixed for the whole call (one forced expert, one row of weights, or one row at sequence
         granularity) is folded into the base's weights meanwhile: the speed of the base, for a second copy of the
-        adapted weights. They are restored bit for bit.
+        adapted weights. They are restored bit for bit. Once compiled, sequence granularity mixes on instead.
         """
         batch, length = input_shape(args, kwargs)
         request = self._make_request(experts, routing_weights, batch, None, kwargs)
@@ -337,10 +337,12 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         with self._call(request):
             self.routing.packed = {}
             try:
+                if request.fold and self.get_base_model()._compiled_call_impl is not None:
+                    passes.fold_ahead(self, request)
                 return super().generate(*args, **kwargs)
             finally:
-                self.routing.packed = None
                 unfold(self)
+                self.routing.packed = None
 
     def _make_request(
         self, experts: Any, weights: Tensor | None, batch: int | None, length: int | None, kwargs: dict

@@ -42,7 +42,7 @@ def start_pass(model: DyLoraMoE, decoder: nn.Module, args: tuple, kwargs: dict) 
     batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
     decision = Decision(batch, length, mask=_real_tokens(request, kwargs.get("attention_mask"), batch, length))
     request.decision, model._current = decision, request
-    if model.routing.folded and not request.fold:  # another call within a generation that folds
+    if model.routing.folded and model.routing.folded_by is not request:  # a call within a generation that folds
         unfold(model)
     if not torch.compiler.is_compiling():
         if not model.routing.folded:
@@ -174,8 +174,19 @@ def _force(model: DyLoraMoE, decision: Decision) -> None:
 
 def _fold(model: DyLoraMoE, request: Request, decision: Decision) -> None:
     """Fold the weights of this pass, which are those of every further one, if the request says so."""
+    if torch.compiler.is_compiling():  # a graph must not swap weights: what it would keep aside is not what was there
+        return
     if request.fold and not model.routing.folded and decision.weights is not None:
+        model.routing.folded_by = request
         fold(model, decision.weights[0, 0])
+
+
+def fold_ahead(model: DyLoraMoE, request: Request) -> None:
+    """Fold a mixture that is known before the first pass, for a base whose passes are compiled."""
+    weights = request.one_hot if request.weights is None else request.weights
+    if weights is not None:
+        model.routing.folded_by = request
+        fold(model, weights[0, 0])
 
 
 def forced_weights(model: DyLoraMoE, request: Request) -> Tensor | None:

@@ -43,7 +43,7 @@ class LayerExperts(NamedTuple):
         weights = weights.to(torch.promote_types(weights.dtype, dtype))
         if self.columns != tuple(range(weights.shape[-1])):
             weights = weights.index_select(-1, torch.tensor(self.columns, device=weights.device))
-        gates = weights * self.scaling_row(weights)
+        gates = weights * self.scaling_row(weights, dtype)
         if self.ranks.count(self.ranks[0]) == len(self.ranks):
             gates = gates.unsqueeze(-1).expand(*gates.shape, self.ranks[0]).flatten(-2)
         else:
@@ -58,16 +58,17 @@ class LayerExperts(NamedTuple):
             sums = per_row.unflatten(-1, (len(self.ranks), self.ranks[0])).sum(-1, dtype=dtype)
         else:
             sums = torch.stack([part.sum(-1, dtype=dtype) for part in per_row.split(self.ranks, dim=-1)], dim=-1)
-        sums = (sums * self.scaling_row(sums)).to(weights.dtype)
+        sums = (sums * self.scaling_row(sums, dtype)).to(weights.dtype)
         if self.columns == tuple(range(weights.shape[-1])):
             return sums
         return torch.zeros_like(weights).index_copy_(-1, torch.tensor(self.columns, device=sums.device), sums)
 
-    def scaling_row(self, like: Tensor) -> Tensor | float:
-        """One scaling per expert, or the one that all share."""
+    def scaling_row(self, weights: Tensor, dtype: torch.dtype) -> Tensor | float:
+        """One scaling per expert, in the wider of `dtype` and the weights' own, or the one that all share."""
         if self.scalings.count(self.scalings[0]) == len(self.scalings):
             return self.scalings[0]
-        return torch.tensor(self.scalings, dtype=like.dtype, device=like.device)
+        dtype = torch.promote_types(weights.dtype, dtype)
+        return torch.tensor(self.scalings, dtype=dtype, device=weights.device)
 
 
 class Member(NamedTuple):
@@ -111,6 +112,8 @@ def lay_side_by_side(parameters: Sequence[Tensor]) -> None:
     first = parameters[0]
     kinds = {(type(p), p.dtype, p.device) for p in parameters}
     if kinds != {(torch.nn.Parameter, first.dtype, first.device)} or first.device.type == "meta":
+        return
+    if first.device.type == "cpu" and any(p.is_shared() for p in parameters):  # other processes look there
         return
     with torch.no_grad():
         if side_by_side(parameters) is not None:

@@ -104,7 +104,7 @@ def grouped_mixture(
     H, ends = grouped_mm(xs, A.transpose(1, 2), pairs.ends), pairs.ends
     outputs = []
     for member, part, B in zip(members, H.split([B.shape[-1] for B in Bs], dim=-1), Bs, strict=True):
-        gated = part * pairs.gates(weights, member.experts.scaling_row(weights), dtype)
+        gated = part * pairs.gates(weights, member.experts.scaling_row(weights, dtype), dtype)
         outputs.append(_expand(x, member, gated, B, pairs, ends))
     return outputs
 
@@ -183,7 +183,7 @@ class Chosen(NamedTuple):
         first = torch.arange(len(members), device=device) * experts
         rows = indices.unsqueeze(-1) * rank + torch.arange(rank, device=device)
         kinds = members[:1] if len({m.experts.scalings for m in members}) == 1 else members
-        gates = [_gates(weights, indices, m.experts.scaling_row(weights), dtype) for m in kinds]
+        gates = [_gates(weights, indices, m.experts.scaling_row(weights, dtype), dtype) for m in kinds]
         return cls(
             indices.flatten(),
             (indices.unsqueeze(1) + first.unsqueeze(-1)).flatten(),
@@ -206,7 +206,8 @@ def _silence_sparse_layouts() -> None:
     """Use up the one warning per process that torch's sparse layouts are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0], [], [], (0, 0), device="cpu")
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        torch.sparse_csr_tensor(none.new_zeros(1), none, none.float(), (0, 0), check_invariants=False)
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -222,7 +223,8 @@ def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """
     block = 16 // a.element_size()
     strides = [s for t in (a, b) for s in t.stride() if s != 1]
-    if a.dtype != torch.float64 and all(s % block == 0 for s in strides) and a.numel() and b.numel():
+    thin = any(t.stride()[-2:] == (1, 1) for t in (a, b))  # which of the two it takes for the row's stride is open
+    if a.dtype != torch.float64 and all(s % block == 0 for s in strides) and not thin and a.numel() and b.numel():
         return F.grouped_mm(a, b, offs=ends)
     spans = list(itertools.pairwise([0, *ends.tolist()]))
     if b.dim() == 2:
@@ -317,7 +319,7 @@ class _GroupedMixture(torch.autograd.Function):
         Bs = stack_B(members, dtype)
         outputs = []
         for member, part, B in zip(members, H.split([B.shape[-1] for B in Bs], dim=-1), Bs, strict=True):
-            gated = part * pairs.gates(weights, member.experts.scaling_row(weights), dtype)
+            gated = part * pairs.gates(weights, member.experts.scaling_row(weights, dtype), dtype)
             outputs.append(_expand(x, member, gated, B, pairs, pairs.ends))
         ctx.set_materialize_grads(False)
         ctx.pairs, ctx.experts, ctx.seed, ctx.dtype = pairs, experts, seed, dtype
@@ -346,7 +348,7 @@ class _GroupedMixture(torch.autograd.Function):
             grads.append([None] * (2 + 2 * count))
             if dy is None:
                 continue
-            scalings = member.experts.scaling_row(weights)
+            scalings = member.experts.scaling_row(weights, dtype)
             gates, of_pairs = pairs.gates(weights, scalings, dtype), dy.index_select(0, pairs.tokens)
             if any(wanted.lora_B):
                 dB = grouped_mm(of_pairs.T, part * gates, pairs.ends)
