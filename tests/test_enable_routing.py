@@ -287,3 +287,21 @@ def test_models_without_a_task_type_take_weights_too():
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
     expected = weighted(stock_model(**experts), weights, tokens())
     assert difference(logits(model, tokens(), routing_weights=weights), expected) <= 1e-12
+
+
+def test_calls_within_a_generation_leave_its_routing_alone():
+    """A forward with other weights, and one without any, from a callback of `generate`."""
+    model = enable_routing(stock_model())
+    ids = tokens(1, 6)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    bare = model(input_ids=ids).logits
+
+    def act(_: Tensor, scores: Tensor) -> Tensor:
+        model(input_ids=ids, routing_weights=WEIGHTS.flip(0))
+        assert torch.equal(model(input_ids=ids).logits, bare)
+        return scores
+
+    expected = model.generate(input_ids=ids, routing_weights=WEIGHTS, **options)
+    found = model.generate(input_ids=ids, routing_weights=WEIGHTS, logits_processor=[act], **options)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert difference(one, other) <= 1e-12

@@ -72,7 +72,8 @@ class RoutedLayer:
     def _group(self, names: tuple[str, ...]) -> Group | None:
         """This layer and those fed by the same input, as far as fast forms serve them; None if not even this one."""
         routing = self.routing
-        packed = None if torch.is_grad_enabled() else routing.packed
+        compiling = torch.compiler.is_compiling()  # a graph must not depend on what one call keeps
+        packed = None if compiling or torch.is_grad_enabled() else routing.packed
         key = (self.routing_name, names, cast(nn.Module, self).training)
         if packed is not None and key in packed:
             return packed[key]
@@ -178,13 +179,12 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     layers, members, packed, biased = group
     flat, leading = x.flatten(0, -2), x.shape[:-1]
     keep = memo = None
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         keep = None if routing.packed is None else packed
-        if not torch.compiler.is_compiling():  # what is kept fits layers of this shape on this device
-            at = (leading, x.device)
-            memo = routing.memo.get(at)
-            if memo is None:
-                memo = routing.memo[at] = {}
+        at = (leading, x.device)  # what is kept fits layers of this shape on this device
+        memo = routing.memo.get(at)
+        if memo is None:
+            memo = routing.memo[at] = {}
     weights = remember(memo, "weights", lambda: routing.weights_for(leading, x.device))
     key = (routing.form, leading, routing.active)
     form, lasting = remember(keep, key, lambda: form_of(routing, members, flat, leading[0]))

@@ -95,3 +95,30 @@ def test_compiled_decoding_with_a_static_cache():
     once = graphs()
     assert torch.equal(fast.generate(ids(12), **options), plain.generate(ids(12), **options))
     assert graphs() == once <= 3  # the prompt, the tokens, and one more for the number of positions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dense", "top-2"])
+def test_compiled_generation_makes_no_more_graphs_than_the_bare_base(name):
+    """Over prompt lengths, new weights, another temperature and the next call; forced experts add theirs once."""
+
+    def made(model, lengths, **options) -> int:
+        for length in lengths:
+            model.generate(ids(length), max_new_tokens=4, do_sample=False, cache_implementation="static", **options)
+        return graphs()
+
+    base = tiny_base().eval()
+    base.compile(backend="aot_eager", fullgraph=True)
+    allowed = made(base, (12, 17, 23, 31, 12, 40))
+    torch._dynamo.reset()
+    counters.clear()
+    fast = mixture(**SETTINGS[name])
+    fast.compile(backend="aot_eager", fullgraph=True)
+    assert made(fast, (12, 17, 23)) <= allowed
+    for parameter in fast.parameters():
+        parameter.data.mul_(1.01)
+    fast.moe_config.temperature = 0.5
+    once = made(fast, (31, 12, 40))
+    assert once <= allowed
+    with_forced = made(fast, (12, 17), experts="expert_1")
+    assert made(fast, (23, 40), experts="expert_2") == with_forced <= 2 * allowed

@@ -1,5 +1,7 @@
 """Folding a fixed mixture into the weights: the same tokens, and every weight restored bit for bit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -164,3 +166,78 @@ def test_folding_twice_keeps_the_first_original():
         fold(model, torch.tensor(weights))
     unfold(model)
     assert_as_before(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        ({}, {"experts": "expert_1"}),
+        ({}, {"routing_weights": torch.tensor([0.2, 0.3, 0.5])}),
+        ({"granularity": "sequence"}, {}),
+    ],
+)
+def test_a_compiled_model_gets_its_weights_back(settings, call):
+    torch._dynamo.reset()
+    plain, fast = mixture(**settings), mixture(**settings)
+    before = weights_of(fast)
+    fast.compile(backend="eager", fullgraph=True)
+    options = {"max_new_tokens": 4, "do_sample": False, **call}
+    for _ in range(2):
+        assert torch.equal(fast.generate(IDS, fold=True, **options), plain.generate(IDS, **options))
+        assert_as_before(fast, before)
+    torch._dynamo.reset()
+
+
+def within(model: DyLoraMoE, action) -> list:
+    """A logits processor that acts once in the middle of a generation."""
+    seen = []
+
+    def act(ids, scores):
+        if not seen:
+            seen.append(action())
+        return scores
+
+    return [act]
+
+
+def test_a_folding_call_within_one_has_its_own_mixture():
+    model = mixture()
+    before, inner = weights_of(model), []
+    options = {"max_new_tokens": 6, "do_sample": False, "fold": True}
+    first, second = (model.generate(IDS, experts=name, **options) for name in ("expert_0", "expert_1"))
+    processors = within(model, lambda: inner.append(model.generate(IDS, experts="expert_0", **options)))
+    assert torch.equal(model.generate(IDS, experts="expert_1", logits_processor=processors, **options), second)
+    assert torch.equal(inner[0], first)
+    assert_as_before(model, before)
+
+
+def test_folding_in_inference_mode_and_out_of_it():
+    model = mixture()
+    options = {"max_new_tokens": 3, "do_sample": False, "fold": True, "experts": "expert_1"}
+    with torch.inference_mode():
+        inside = model.generate(IDS, **options)
+    assert torch.equal(model.generate(IDS, **options), inside)
+
+
+def test_an_interrupt_while_weights_are_put_back_loses_none(monkeypatch):
+    model = mixture()
+    before = weights_of(model)
+    fold(model, torch.tensor([0.2, 0.3, 0.5]))
+
+    class Interrupted(dict):
+        def __setitem__(self, *_):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.routing, "spare", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            unfold(model)
+    unfold(model)
+    assert_as_before(model, before)
+
+
+def test_a_pickled_routing_leaves_the_spare_memory_behind():
+    model = mixture()
+    model.generate(IDS, max_new_tokens=2, fold=True, experts="expert_1")
+    assert model.routing.spare
+    assert not copy.deepcopy(model).routing.spare

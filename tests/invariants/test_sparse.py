@@ -24,11 +24,6 @@ FORMS = ("grouped", "gathered")
 TOLERANCE = 1e-12
 
 
-def sparse_weights(tokens: int, experts: int, active: int) -> Tensor:
-    """Float64 `[T, E]` after the policy, leaf logits kept: `weights, logits`."""
-    return torch.randn(tokens, experts, dtype=torch.float64)
-
-
 def compare(layer: Any, form: str, x: Tensor, logits: Tensor, active: int, tolerance: float = TOLERANCE) -> None:
     """Outputs and the gradients of x, of the logits and of every parameter are those of the loop."""
     names = tuple(layer.peft_configs)
@@ -102,6 +97,51 @@ def test_float32_non_contiguous_and_experts_without_a_token(form):
     x, logits = torch.randn(16, 5, 3).transpose(0, 2), torch.randn(6, 5, 3).transpose(0, 2)
     logits[..., 4:] = -100.0
     compare(layer, form, x, logits, active=2, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scalings_of_a_float64_layer_are_not_rounded_to_the_weights_dtype(form):
+    experts = {name: {"r": 4, "lora_alpha": alpha} for name, alpha in (("a", 1 / 3), ("b", 0.7), ("c", 0.1))}
+    layer = routed_layer(nn.Linear(16, 8), experts).double()
+    weights = routing.top_k(torch.randn(1, 5, 3), 2)
+    results = {}
+    for layer.routing.form in ("reference", form):
+        x = torch.linspace(-1, 1, 80, dtype=torch.float64).view(1, 5, 16).requires_grad_()
+        layer.routing.mix(tuple(experts), weights, active=2)
+        y = layer(x)
+        results[layer.routing.form] = [y, *torch.autograd.grad(y.sum(), x)]
+        with torch.no_grad():
+            results[layer.routing.form].append(layer(x))
+    for found, expected in zip(results[form], results["reference"], strict=True):
+        assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 1), (1, 1), (4, 1)])
+def test_layers_of_width_one_in_float32(sizes):
+    layer = routed_layer(nn.Linear(*sizes), {f"e{i}": {"r": 4} for i in range(3)})
+    compare(layer, "grouped", torch.randn(1, 5, sizes[0]), torch.randn(1, 5, 3), active=2, tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_sparse_checks_and_another_default_device_do_no_harm():
+    x, member = members()
+    weights = routing.top_k(torch.randn(len(x), 8), 2)
+    expected = dense_mixture(x, weights, [member])[0]
+    sparse._silence_sparse_layouts.cache_clear()
+    torch.sparse.check_sparse_tensor_invariants.enable()
+    torch.set_default_device("meta")  # as a user with a GPU sets it, with this model on the CPU
+    try:
+        found = gathered_mixture(x, weights, [member], 2)[0]
+    finally:
+        torch.set_default_device(None)
+        torch.sparse.check_sparse_tensor_invariants.disable()
+    assert difference(found, expected) <= 2e-6
+
+
+def test_shared_parameters_stay_where_other_processes_look():
+    model = DyLoraMoE.from_base(tiny_base(), MoELoraConfig(num_experts=3, r=4, router_layer=1))
+    model.share_memory()
+    assert all(p.is_shared() for p in model.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS)

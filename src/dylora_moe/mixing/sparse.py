@@ -197,8 +197,8 @@ class Chosen(NamedTuple):
         _silence_sparse_layouts()
         columns = (self.matrices.unsqueeze(-1) * A.shape[1] + torch.arange(A.shape[1], device=A.device)).flatten()
         starts = torch.arange(tokens + 1, device=A.device) * (len(columns) // tokens)
-        shape = (tokens, len(A) * A.shape[1])
-        return torch.sparse_csr_tensor(starts, columns, A.new_zeros(len(columns)), shape, check_invariants=False)
+        values, shape = A.new_zeros(len(columns)), (tokens, len(A) * A.shape[1])
+        return torch.sparse_csr_tensor(starts, columns, values, shape, device=A.device, check_invariants=False)
 
 
 @functools.cache
@@ -207,7 +207,7 @@ def _silence_sparse_layouts() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         none = torch.zeros(0, dtype=torch.int64, device="cpu")
-        torch.sparse_csr_tensor(none.new_zeros(1), none, none.float(), (0, 0), check_invariants=False)
+        torch.sparse_csr_tensor(none.new_zeros(1), none, none.float(), (0, 0), device="cpu", check_invariants=False)
 
 
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
