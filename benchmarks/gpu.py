@@ -234,6 +234,8 @@ def run_models(
             steps[name], notes[name] = prepare(model, context)
         except FAILURES as error:
             failed[name] = f"{type(error).__name__}: {error}"
+    if "base" not in steps:
+        raise RuntimeError(f"the bare base failed, so there is nothing to compare with: {failed['base']}")
     rows = compare(interleave(steps, sizes["rounds"], calls, deadline, reset), "base")
     return {"rows": [{"variant": name, **row, **notes[name]} for name, row in rows.items()], "failed": failed}
 
@@ -325,8 +327,12 @@ def machine() -> dict[str, Any]:
         import triton
 
         found["triton"] = triton.__version__
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {**found, "commit": commit.stdout.strip() or None}
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return {**found, "commit": commit or None}
 
 
 def run_phase(name: str, sizes: dict[str, int]) -> dict[str, Any]:
@@ -337,8 +343,8 @@ def run_phase(name: str, sizes: dict[str, int]) -> dict[str, Any]:
     return dict(zip(PHASES, phases, strict=True))[name](sizes, deadline)
 
 
-def run_all(arguments: list[str], phases: list[str]) -> dict[str, Any]:
-    """Every phase in its own process."""
+def run_all(arguments: list[str], phases: list[str], save: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Every phase in its own process; what is there is saved after each."""
     results: dict[str, Any] = {}
     for name in phases:
         started = time.monotonic()
@@ -353,6 +359,7 @@ def run_all(arguments: list[str], phases: list[str]) -> dict[str, Any]:
             results[name] = json.loads(out.read_text()) if out.exists() else {"error": error}
         results[name]["seconds"] = round(time.monotonic() - started, 1)
         summarize(name, results[name])
+        save(results)
     return results
 
 
@@ -387,11 +394,14 @@ def main() -> None:
     where = {**machine(), "sizes": sizes, "experts": EXPERTS, "top_k": f"{ACTIVE} of {MANY}"}
     device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"gpu-{where['date'][:10]}-{device}.json"
-    results = run_all(["--tiny"] * args.tiny, [args.phase] if args.phase else list(PHASES))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"setting": where, **results}, indent=2) + "\n")
+    results = run_all(
+        ["--tiny"] * args.tiny,
+        [args.phase] if args.phase else list(PHASES),
+        lambda found: out.write_text(json.dumps({"setting": where, **found}, indent=2) + "\n"),
+    )
     print(f"wrote {out}")
-    if any("error" in result or result.get("passed") is False for result in results.values()):
+    if any("error" in found or found.get("failed") or found.get("passed") is False for found in results.values()):
         sys.exit(1)
 
 

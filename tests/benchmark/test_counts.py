@@ -64,6 +64,20 @@ def test_dense_form_does_the_floor_and_no_more(variants, work, fake):
         assert found[key]["over_floor"] == pytest.approx(1, abs=0.005), key
 
 
+@pytest.mark.parametrize("work", ["linear", "linear-train"])
+def test_top_k_does_the_floor_and_no_more(variants, work):
+    found = rows(variants(work=work, fake=False, variants=("base", "grouped-top", "gathered-top"), experts=(8,)))
+    for key in found.keys() - {"base"}:
+        assert found[key]["over_floor"] == pytest.approx(1, abs=0.005), key
+
+
+@pytest.mark.parametrize("experts", [1, 2, 16])
+def test_dense_form_adds_two_gemms_for_any_number_of_experts(variants, experts):
+    found = rows(variants(work="prefill", rank=3, experts=(experts,), variants=("base", "dense")))
+    assert found[f"dense/{experts}"]["added_gemms"] == 11 / 7
+    assert found[f"dense/{experts}"]["shrinks"] == 4
+
+
 def test_floor_is_the_one_of_the_anchors():
     assert counts.floor("linear", 128, (4096, 4096)) == 1.0625
     assert counts.floor("train", 128, (4096, 4096)) == 1.09375

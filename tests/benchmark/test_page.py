@@ -73,6 +73,45 @@ def test_a_file_that_is_no_result_is_named(tmp_path, content):
         write_page(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["rows", "machine", "missing", "command"])
+def test_a_result_that_lacks_a_part_is_named(tmp_path, part):
+    whole = results(**TIMES)
+    del whole[part]
+    (tmp_path / "x.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"x\.json"):
+        write_page(tmp_path)
+
+
+def test_runs_that_differ_have_files_of_their_own():
+    one = Settings("decode", "tiny", (4,), ("base", "auto"))
+    others = [
+        replace(one, **change)
+        for change in (
+            {"variants": ("base", "dense")},
+            {"new_tokens": 5},
+            {"top_k": 1},
+            {"router_layer": 1},
+            {"rounds": 0},
+            {"seed": 3},
+            {"experts": (4, 8)},
+        )
+    ]
+    assert len({settings.name for settings in (one, *others)}) == len(others) + 1
+    assert replace(one, rounds=3).name == one.name
+
+
+@pytest.mark.parametrize("change", [{"variants": ()}, {"experts": (8, 8)}])
+def test_nothing_or_twice_the_same_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Settings("train", "tiny", **change)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "tpu", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=device):
+        run(Settings("train", "tiny", (2,), ("base",), rounds=0, device=device))
+
+
 def test_targets_name_variants_of_their_plans():
     assert len({target.name for target in TARGETS}) == len(TARGETS)
     for target in TARGETS:
@@ -82,7 +121,7 @@ def test_targets_name_variants_of_their_plans():
             assert kind in settings.kinds, target.name
             assert KINDS[kind].per_experts == bool(size), target.name
             assert not size or int(size) in settings.experts, target.name
-    assert {target.plan for target in TARGETS} | {"experts", "generation-peers"} == set(PLANS)
+    assert {target.plan for target in TARGETS} | {"experts", "experts-prefill", "generation-peers"} == set(PLANS)
 
 
 def test_plan_is_recognised_by_what_it_measures():

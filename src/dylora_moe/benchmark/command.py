@@ -123,11 +123,15 @@ def _measure(settings: Any, against: tuple[str, ...], output: Path, console: Any
     from .page import add_run, folder_for
     from .run import run
 
-    unknown = [key for key in against if key.partition("/")[0] not in settings.kinds]
-    if unknown or (against and not settings.rounds):
-        raise ValueError(f"against={','.join(unknown or against)!r}: not a timed variant of this run.")
+    timed_keys = settings.keys if settings.rounds else []
+    unknown = [key for key in against if key not in timed_keys]
+    if unknown:
+        has = f"which has {', '.join(timed_keys)}" if timed_keys else "which times nothing (--rounds 0)"
+        raise ValueError(f"against={','.join(unknown)!r}: not a timed variant of this run, {has}.")
+    output.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     with console.status("building the models") as status:
         results = run(settings, status.update)
+    written = add_run(results, folder_for(results, output, datetime.date.today()))
     headings, rows = cells(results, against)
     timed = [i for i, heading in enumerate(headings) if heading.startswith("time") or heading in ("ms", "tokens/s")]
     counted = [i for i in range(1, len(headings)) if i not in timed]
@@ -137,7 +141,6 @@ def _measure(settings: Any, against: tuple[str, ...], output: Path, console: Any
             console.print(_table(f"{title}: {settings.name}", [headings[i] for i in (0, *columns)], picked))
     for key, reason in results["missing"].items():
         console.print(f"{key}: {reason}", markup=False, highlight=False)
-    written = add_run(results, folder_for(results, output, datetime.date.today()))
     console.print(f"{results['command']}\n{written}", markup=False, highlight=False, soft_wrap=True)
 
 

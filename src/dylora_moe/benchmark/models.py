@@ -28,6 +28,15 @@ class Unavailable(Exception):
     """The installed code has no such variant; the message says why."""
 
 
+def _device(name: str) -> torch.device:
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal() or int(index or 0) >= count:
+        seen = torch.cuda.device_count()
+        raise ValueError(f"device={name!r}: choose cpu, or a GPU that torch sees (cuda, cuda:1, …); it sees {seen}.")
+    return torch.device(name)
+
+
 class Models:
     """Builds and keeps the models of one run; all share the tensors of one base.
 
@@ -38,7 +47,7 @@ class Models:
 
     def __init__(self, settings: Settings, folder: Path):
         self.settings, self.folder = settings, folder
-        self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+        self.device, self.dtype = _device(settings.device), getattr(torch, settings.dtype)
         torch.manual_seed(settings.seed)
         linear = settings.work.startswith("linear")
         self.base = self._build_base(linear)

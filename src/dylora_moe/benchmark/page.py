@@ -68,7 +68,9 @@ def read_run(file: Path) -> dict[str, Any]:
         if run["format_version"] != FORMAT_VERSION:
             raise ValueError(f"{file}: format {run['format_version']}; this version reads {FORMAT_VERSION}.")
         Settings.from_dict(run["settings"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        _ = [run[key] for key in ("command", "seconds", "missing")], run["machine"]["name"], run["machine"]["versions"]
+        _ = [(row["key"], row["title"], row.get("seconds", [0.0])[0]) for row in run["rows"]], run["rows"][0]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} is not a result of `dylora-moe bench`: {error}") from error
     return run
 
@@ -110,7 +112,10 @@ def _acceptance(runs: Mapping[str, Mapping[str, Any]], causes: Mapping[str, str]
             continue
         result = outcome(target, runs[target.plan])
         lines.append(f"| {target.name} | {bound} | {_measured(result)} | {_verdict(result, causes)} |")
-    return [*lines, ""]
+    others = (
+        "Decoding with a CUDA graph (≤ 1.15) and the kernels against float64: `benchmarks/gpu.sh`, a file of its own."
+    )
+    return [*lines, "", others, ""]
 
 
 def _measured(result: Outcome) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from .settings import Settings
 from .work import Runner, runners
 
 FORMAT_VERSION = 1
-COUNTED_TOKENS = 8  # of a generation: counting is slow, and every further token is like the last
+COUNTED_TOKENS = 8  # of a generation: counting is slow, and every further token is like the last (folding comes before)
 Progress = Callable[[str], None]
 
 
@@ -144,7 +143,7 @@ def _active_rank(settings: Settings, runner: Runner) -> int:
 
 def _ranks(settings: Settings, runner: Runner) -> set[int]:
     active = _active_rank(settings, runner)
-    return set(Counter([settings.rank, active, settings.rank * (runner.experts or 1)])) - {0}
+    return {settings.rank, active, settings.rank * (runner.experts or 1)} - {0}
 
 
 @contextmanager

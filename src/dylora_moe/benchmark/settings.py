@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import zlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -94,6 +95,10 @@ class Settings:
             if self.work not in KINDS[key].works:
                 here = ", ".join(k for k, kind in KINDS.items() if self.work in kind.works)
                 raise ValueError(f"variants={key!r}: not part of the work {self.work!r}, which has {here}.")
+        if self.variants is not None and not self.variants:
+            raise ValueError(f"variants='': name some of {', '.join(KINDS)}, or leave the option out for all.")
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts={list(self.experts)}: name each number of experts once.")
         if not self.experts or min(self.experts) < 1:
             raise ValueError(
                 f"experts={list(self.experts)}: numbers of experts from 1 upwards are needed, e.g. 1,8,64."
@@ -123,13 +128,27 @@ class Settings:
         return [key for key in here if not pointless.get(key)]
 
     @property
+    def keys(self) -> list[str]:
+        """Keys of the rows of the results: the variants, with `/E` where each number of experts has its own."""
+        sizes = {True: [f"/{count}" for count in self.experts], False: [""]}
+        return [key + size for key in self.kinds for size in sizes[KINDS[key].per_experts]]
+
+    @property
     def name(self) -> str:
-        """A file name for the results: the plan's, else work, shape and what differs from the defaults."""
+        """A file name for the results: the plan's, else work, shape and what differs from the defaults.
+
+        Rounds and warm-up do not count, except that a run without rounds is not one with; variants do as a checksum.
+        """
         if self.plan:
             return self.plan
         parts = [self.work, self.shape, "e" + "-".join(map(str, self.experts)), f"{self.batch}x{self.length}"]
-        parts += [f"{key}{getattr(self, key)}" for key in ("rank", "layers") if getattr(self, key) != DEFAULTS[key]]
+        numbers = ("rank", "layers", "new_tokens", "top_k", "router_layer", "repeats", "seed", "threads")
+        parts += [f"{key}{getattr(self, key)}" for key in numbers if getattr(self, key) != DEFAULTS[key]]
         parts += [str(getattr(self, key)) for key in ("dtype", "device") if getattr(self, key) != DEFAULTS[key]]
+        parts += [
+            word for word, used in (("counted", not self.rounds), ("fake", self.fake), ("graphs", self.graphs)) if used
+        ]
+        parts += [f"{zlib.crc32(','.join(self.kinds).encode()):08x}"] if self.variants else []
         return "-".join(parts).replace("_", "-").replace(":", "-")
 
     def command(self) -> str:
