@@ -130,7 +130,8 @@ def _verdict(result: Outcome, causes: Mapping[str, str]) -> str:
     if result.met is None:
         return f"not measured: {result.missing}"
     if result.met:
-        return "met"
+        within = result.interval is not None and result.interval.low < result.target.limit < result.interval.high
+        return "met, but the interval crosses it" if within else "met"
     cause = causes.get(result.target.name, f"cause not yet written in {CAUSES}")
     return f"**missed by {result.gap:.1%}**: {cause}"
 
