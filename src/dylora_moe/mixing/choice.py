@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .member import Member, compute_dtype
+from .member import Member, compute_dtype, on_eager_cpu
 from .sparse import aligned, gathers_in_place
 
 FORMS = ("auto", "dense", "grouped", "gathered", "reference")
@@ -63,8 +63,7 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
         return "dense"
     if form == "gathered":
         return "gathered"
-    eager_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-    if not eager_cpu and not (aligned(x, members) and compute_dtype(x) == torch.bfloat16):
+    if not on_eager_cpu(x) and not (aligned(x, members) and compute_dtype(x) == torch.bfloat16):
         return "dense"  # all that torch's grouped_mm takes there
     if form == "grouped":
         return "grouped"

@@ -139,6 +139,11 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(sizes) // size,), (1,))
 
 
+def on_eager_cpu(x: Tensor) -> bool:
+    """Whether `x` is a plain tensor on a CPU, neither fake nor traced by a compiler."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the base GEMM runs in: autocast's if it is on, else that of `x`.
 

@@ -36,6 +36,7 @@ from .member import (
     dropout_seed,
     dropped,
     members_from,
+    on_eager_cpu,
     remember,
     side_by_side,
     tensors_of,
@@ -154,8 +155,7 @@ def gathered_mixture(
 
 def gathers_in_place(x: Tensor) -> bool:
     """Whether the gathered form needs no copies of the matrices of `x`'s experts."""
-    eager_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-    return eager_cpu and not torch.is_grad_enabled() and compute_dtype(x) in (torch.float32, torch.float64)
+    return on_eager_cpu(x) and not torch.is_grad_enabled() and compute_dtype(x) in (torch.float32, torch.float64)
 
 
 class Chosen(NamedTuple):
