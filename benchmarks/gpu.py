@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import which
 from typing import Any
 from unittest.mock import patch
 
@@ -327,11 +328,8 @@ def machine() -> dict[str, Any]:
         import triton
 
         found["triton"] = triton.__version__
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
-    except OSError:  # no git
-        commit = ""
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if which("git") else ""
     return {**found, "commit": commit or None}
 
 
@@ -395,11 +393,8 @@ def main() -> None:
     device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"gpu-{where['date'][:10]}-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = run_all(
-        ["--tiny"] * args.tiny,
-        [args.phase] if args.phase else list(PHASES),
-        lambda found: out.write_text(json.dumps({"setting": where, **found}, indent=2) + "\n"),
-    )
+    save = lambda found: out.write_text(json.dumps({"setting": where, **found}, indent=2) + "\n")  # noqa: E731
+    results = run_all(["--tiny"] * args.tiny, [args.phase] if args.phase else list(PHASES), save)
     print(f"wrote {out}")
     if any("error" in found or found.get("failed") or found.get("passed") is False for found in results.values()):
         sys.exit(1)
