@@ -52,7 +52,7 @@ class Oracle(nn.Module):
         self.bare, self.base, self.router = copy.deepcopy(base), base, copy.deepcopy(model.router)
         self.names, self.config, self.k = model.expert_names, model.moe_config, model.router_layer_index
         self.loops: dict[str, Loop] = {}
-        for layer in model._layers:
+        for layer in model.routed_layers:
             path = layer.routing_name
             self.loops[path] = Loop(layer, base.get_submodule(path), model.peft_config)
             base.set_submodule(path, self.loops[path])

@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, LAYERS, tiny_base
 
 
 def adapted_layers(model: DyLoraMoE) -> set[int]:
-    return {model.placement.layer_of(layer.routing_name) for layer in model._layers}
+    return {model.placement.layer_of(layer.routing_name) for layer in model.routed_layers}
 
 
 def test_defaults():
@@ -186,7 +186,7 @@ def test_layers_to_transform_wins_and_decides_the_passes(settings, layers, passe
 def test_named_targets_stay_above_the_router_but_named_outer_modules_are_kept():
     config = MoELoraConfig(r=2, target_modules=["q_proj", "lm_head"], router_layer=2)
     model = DyLoraMoE.from_base(tiny_base(), config)
-    paths = [layer.routing_name for layer in model._layers]
+    paths = [layer.routing_name for layer in model.routed_layers]
     assert paths == ["model.layers.2.self_attn.q_proj", "model.layers.3.self_attn.q_proj", "lm_head"]
 
 

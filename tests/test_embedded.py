@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe import embedded
-from dylora_moe.embedded import FILES, MODEL, embedded_base, find_gguf_file, resolve_base
+from dylora_moe.base.embedded import FILES, MODEL, embedded_base, find_gguf_file, resolve_base
 
 
 @pytest.fixture

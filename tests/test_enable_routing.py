@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from torch import Tensor
 
 from dylora_moe import enable_routing
-from dylora_moe.layers import RoutedLayer
+from dylora_moe.layers.routed import RoutedLayer
 from stock import assert_same_tensors, logits, lora_layers, stir, stock_model
 from tiny import ARCHITECTURES, difference, tiny_base, tokens
 
@@ -158,7 +158,7 @@ def test_generation(weights, beams):
     assert torch.equal(model.generate(input_ids=tokens(), routing_weights=weights, **options), torch.stack(expected))
     assert torch.equal(model.generate(tokens(), routing_weights=weights, **options), torch.stack(expected))
     assert not torch.equal(torch.stack(expected), stock.generate(input_ids=tokens(), **options))
-    assert model.routing.packed is None
+    assert model.holder.generation is None
 
 
 def test_weights_follow_the_order_of_the_active_adapters():
@@ -266,8 +266,8 @@ def test_copies_route_on_their_own(method):
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     assert type(other) is type(model)
-    assert other.routing is not model.routing
-    assert all(m.routing is other.routing for m in other.modules() if isinstance(m, RoutedLayer))
+    assert other.holder is not model.holder
+    assert all(m.holder is other.holder for m in other.modules() if isinstance(m, RoutedLayer))
     assert torch.equal(logits(other, tokens(), routing_weights=WEIGHTS), expected)
     stir(other, seed=1)
     assert torch.equal(logits(model, tokens(), routing_weights=WEIGHTS), expected)
@@ -275,9 +275,9 @@ def test_copies_route_on_their_own(method):
 
 def test_enabling_twice_is_enabling_once():
     model = enable_routing(stock_model())
-    routing, kind = model.routing, type(model)
+    holder, kind = model.holder, type(model)
     assert enable_routing(model) is model
-    assert (model.routing, type(model)) == (routing, kind)
+    assert (model.holder, type(model)) == (holder, kind)
 
 
 def test_models_without_a_task_type_take_weights_too():

@@ -56,7 +56,7 @@ def test_an_error_inside_the_model_leaves_nothing_in_force():
     for call, options in ((model, {}), (model.generate, {"max_new_tokens": 2})):
         with pytest.raises(IndexError):
             call(tokens() + 1000, routing_weights=WEIGHTS, **options)
-        assert not model.routing.in_force
+        assert not model.holder.now.anything
         assert torch.equal(logits(model, tokens()), expected)
 
 

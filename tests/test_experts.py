@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from dylora_moe import DyLoraMoE, Router
-from dylora_moe.layers import RoutedLayer
+from dylora_moe.layers.routed import RoutedLayer
 from stock import assert_same_tensors, assert_unchanged, logits, save_stock_adapter, snapshot, stir, stock_logits
 from tiny import difference, tiny_base, tiny_config, tiny_mixture, tokens
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
-from dylora_moe.experts import NEW
+from dylora_moe.experts.expert_set import NEW
 from tiny import tiny_mixture, tokens
 from tinybase import tiny_base
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from dylora_moe import DyLoraMoE, MoELoraConfig, gradient_report
-from dylora_moe.trace import GradientStats
+from dylora_moe.reports import GradientStats
 from tiny import ARCHITECTURES, LAYERS, VOCAB, WIDTH, tiny_base, tiny_config, tiny_mixture, tokens
 
 pytestmark = [
@@ -106,7 +106,7 @@ def test_layers_reached_are_those_that_really_applied_a_routing(architecture):
     model = tiny_mixture(architecture, router_layer=2)
     with model.trace() as trace:
         model(tokens())
-    assert sorted(trace.layers_reached) == sorted(layer.routing_name for layer in model._layers)
+    assert sorted(trace.layers_reached) == sorted(layer.routing_name for layer in model.routed_layers)
     assert {model.placement.layer_of(name) for name in trace.layers_reached} == {2, 3}
     assert set(trace.reached.values()) == {1}
     with model.trace() as trace, model.disable_adapter():
@@ -150,8 +150,8 @@ def test_nothing_is_recorded_outside():
     model(tokens())
     assert len(trace.passes) == 1
     assert set(trace.reached.values()) == {1}
-    assert model.routing.reached is None
-    assert model._trace is None
+    assert model.holder.reached is None
+    assert model.hooks.trace is None
 
 
 def test_an_inner_trace_has_its_own_passes_and_the_outer_one_goes_on():
@@ -168,7 +168,7 @@ def test_a_trace_ends_with_its_block_also_after_an_error():
     model = tiny_mixture()
     with pytest.raises(RuntimeError, match="mine"), model.trace():
         raise RuntimeError("mine")
-    assert model.routing.reached is None
+    assert model.holder.reached is None
 
 
 def test_recorded_weights_are_copies():

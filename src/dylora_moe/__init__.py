@@ -1,14 +1,14 @@
 """DyLoRA-MoE: many LoRA experts in one model, routed token by token in one forward pass."""
 
-from .checkpoint import CheckpointError
+from .checkpoint.files import CheckpointError
 from .config import MoELoraConfig
-from .layers import enable_routing
+from .layers.enable import enable_routing
 from .model import DyLoraMoE
 from .output import MoECausalLMOutput
-from .router import Router
-from .trace import GradientStats, ParameterReport, RoutingTrace, gradient_report
-
-__version__ = "0.1.0"
+from .reports import GradientStats, ParameterReport, gradient_report
+from .routing.router import Router
+from .routing.trace import RoutingTrace
+from .version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -19,6 +19,7 @@ __all__ = [
     "ParameterReport",
     "Router",
     "RoutingTrace",
+    "__version__",
     "enable_routing",
     "gradient_report",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,11 +13,12 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .mixing import FORMS
-from .routing import BALANCE_LOSSES
+from .mixing import FORM_NAMES
+from .routing.granularity import GRANULARITIES
+from .routing.losses import BALANCE_LOSSES
+from .routing.policies import POLICIES, Policy
+from .routing.router import ROUTERS
 
-ROUTER_TYPES = ("mlp", "linear")
-GRANULARITIES = ("token", "sequence")
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # what may be set on a mixture's configuration at any time; the set of experts changes through the mixture
@@ -25,6 +27,7 @@ CHANGEABLE = {
     "train_top_k",
     "temperature",
     "granularity",
+    "policy",
     "balance_loss",
     "balance_coefficient",
     "z_loss_coefficient",
@@ -53,6 +56,7 @@ class MoELoraConfig(LoraConfig):
         temperature: the logits are divided by it before the softmax.
         top_k: experts kept per token in evaluation; default 2, or all if fewer.
         train_top_k: experts kept per token in training; default all (dense).
+        policy: how the router's scores become weights, of `routing.policies.POLICIES`: `"top_k"`, softmax over the best.
         balance_loss: `"uniform_mse"`, `"switch"` (Switch Transformer, arXiv 2101.03961, eq. 4) or `"none"`.
         balance_coefficient: weight of the balance loss in `aux_loss`.
         z_loss_coefficient: weight of mean(logsumexp(logits)²) in `aux_loss` (ST-MoE, arXiv 2202.08906, eq. 5).
@@ -75,6 +79,7 @@ class MoELoraConfig(LoraConfig):
     temperature: float = 1.0
     top_k: int | None = None
     train_top_k: int | None = None
+    policy: str = "top_k"
     balance_loss: str = "uniform_mse"
     balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
@@ -148,10 +153,11 @@ class MoELoraConfig(LoraConfig):
                     f"{key}={value!r} with {len(names)} experts: choose 1 to {outputs}"
                     f"{' (the base route counts)' if self.route_to_base else ''}, or add experts."
                 )
-        _check_choice("router_type", self.router_type, ROUTER_TYPES)
+        _check_choice("router_type", self.router_type, ROUTERS)
         _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("policy", self.policy, POLICIES)
         _check_choice("balance_loss", self.balance_loss, (*BALANCE_LOSSES, "none"))
-        _check_choice("mixing_form", self.mixing_form, FORMS)
+        _check_choice("mixing_form", self.mixing_form, FORM_NAMES)
         if not (_is_int(self.router_hidden_size) and self.router_hidden_size > 0):
             raise ValueError(f"router_hidden_size={self.router_hidden_size!r}: a positive integer is needed.")
         if not (_is_finite(self.temperature) and self.temperature > 0):
@@ -178,6 +184,17 @@ class MoELoraConfig(LoraConfig):
                 f'choose 0 to {num_layers - 1}, or "last".'
             )
         return int(self.router_layer)
+
+    def policy_for(self, training: bool, masked: tuple[int, ...] = ()) -> Policy:
+        """The policy of a pass: dense in training unless `train_top_k`, the best `top_k` in evaluation.
+
+        Args:
+            training: whether the mixture is in training mode.
+            masked: columns of experts that are not routed yet.
+        """
+        k = self.train_top_k if training else (2 if self.top_k is None else self.top_k)
+        temperature = self.temperature_tensor if torch.compiler.is_compiling() else self.temperature
+        return Policy(k, temperature, masked, self.policy)
 
     def routing_fields(self) -> dict[str, Any]:
         """The fields that PEFT does not know, as JSON-ready values."""
@@ -264,7 +281,8 @@ def check_mixable(config: LoraConfig, name: str | None = None) -> None:
         raise ValueError(f"{who}use_bdlora is a LoRA variant that cannot be mixed per token; leave it out.")
 
 
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
+    choices = tuple(choices)  # a table's keys; what is looked for may be unhashable
     if value not in choices:
         raise ValueError(f"{key}={value!r}: choose one of {', '.join(choices)}.")
 

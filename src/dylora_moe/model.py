@@ -1,37 +1,63 @@
 """DyLoraMoE: a frozen causal language model that carries LoRA experts and routes every token among them.
 
+The only file that knows all parts, and therefore a long one: it holds every public method of a mixture, each a few
+lines over the part that does the work. `passes/hooks.py` is where a pass is followed from its start to its end.
+
 Shapes: B batch, S sequence, E experts, n router outputs, k router layer, L decoder layers.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModelForCausalLM
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import passes
-from .base import check_bare, load_base, strip_adapters
+from .arguments import check_experts, check_weights, has_packed_rows, input_shape
+from .base.loading import check_bare, load_base, strip_adapters
+from .base.placement import Placement
+from .checkpoint.adapters import Adapter, read_adapter, write_adapter
+from .checkpoint.card import model_card
+from .checkpoint.files import CheckpointError
+from .checkpoint.hub import OPTIONS, upload
+from .checkpoint.mixture import (
+    CONFIG_FILE,
+    Description,
+    MixtureState,
+    check_gathered,
+    read_description,
+    read_mixture,
+    write_mixture,
+)
 from .config import MoELoraConfig, check_expert_name, check_mixable
-from .contexts import Contexts
-from .experts import ROUTED, ExpertLifecycle
-from .fold import check_foldable, unfold
-from .holder import Routing
-from .hooks import PassHooks
-from .layers import lay_out_experts, route_layers, routed_layers
+from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
+from .experts.export import fixed_mixture, stock_config
+from .experts.tensors import ExpertTensor
+from .layers.groups import lay_out_experts
+from .layers.in_force import Generation, Holder
+from .layers.recompute import give_back_checkpoints
+from .layers.routed import route_layers
 from .output import MoECausalLMOutput, with_routing_fields
-from .placement import Placement, lowest_layer
-from .policy import Policy
-from .request import Request, check_experts, check_weights, has_packed_rows, input_shape
-from .router import Router
-from .trace import RoutingTrace
+from .passes.hooks import BARE, PassHooks
+from .reports import ParameterReport, parameter_report
+from .routing.call import Call, columns_of
+from .routing.decision import one_hot_weights
+from .routing.granularity import GRANULARITIES
+from .routing.losses import Mean, masked_mean, router_losses
+from .routing.policies import Policy
+from .routing.records import RouterRecord
+from .routing.router import Router
+from .routing.trace import RoutingTrace
+from .sharding import is_sharded, reshard, whole
 
 
-class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausalLM):
+class DyLoraMoE(PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
 
     It is a `PeftModelForCausalLM`, so Trainer, TRL, accelerate, pipelines and evaluation harnesses treat it as one.
@@ -41,9 +67,11 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         moe_config: the `MoELoraConfig`; `top_k`, `train_top_k`, `temperature` and the coefficients may be changed at
             any time.
         router: the `Router`.
-        touch_all_experts: set by trainers where processes share the parameters in shards: with gradients on, a forced
-            pass takes the router and every other expert along with weight zero, so that all have the same gradients.
-        expert_states: name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`.
+        experts: the `ExpertSet`: names, states, frozen ones, layers.
+        holder: what is in force, shared by the layers.
+        placement: where the decoder layers of the base are.
+        router_layer_index: k; L for `"last"`.
+        base_name: what the base is called in checkpoints, or None.
     """
 
     base_model: Any  # a peft.LoraModel
@@ -78,9 +106,7 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         try:
             super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
-                PeftModelForCausalLM.add_adapter(
-                    self, name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype
-                )
+                super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
         except BaseException:
             strip_adapters(base)
             for parameter, requires_grad in trainable:
@@ -90,27 +116,18 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
         self.placement = placement
         self.router_layer_index = first
-        self.routing = Routing()
-        self.expert_states: dict[str, str] = dict.fromkeys(names, ROUTED)
-        self.touch_all_experts = False
+        self.holder = Holder(resting=BARE)
+        self.experts = ExpertSet(names, self.holder.layers)
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,
             config.router_type,
             config.router_hidden_size,
         ).to(next(placement.layers(base)[min(first, placement.num_layers - 1)].parameters()).device)
-        self._frozen_experts: set[str] = set()
-        self._default_experts: str | None = None
-        self._request: Request | None = None
-        self._current: Request | None = None
-        self._records: list[passes.RouterRecord] | None = None
-        self._trace: RoutingTrace | None = None
-        self._inside_base = False
         base.config.keys_to_ignore_at_inference = ["past_key_values", "routing_weights", "router_logits"]
-        self._layers: list[Any] = []
-        self._needs_routing_pass = self._adapts_head = False
+        parts = (placement, first, config, self.router, self.experts, self.holder)
+        self.hooks = PassHooks(self, base, *parts)
         self._refresh()
-        self._install_hooks(base)
 
     # ------------------------------------------------------------------ construction
 
@@ -163,8 +180,6 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
             CheckpointError: an adapter that is missing, damaged or made for another architecture. The base is left as
                 it was.
         """
-        from .checkpoint import read_adapter
-
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
@@ -182,7 +197,7 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         new = {e: placement.fresh_expert(model, source, lowest) for e, source in fresh.items()}
         mixture = cls(model, config, {e: new.get(e) or loaded[e].config for e in adapters}, base_name=name)
         for expert, adapter in loaded.items():
-            mixture._load_expert(expert, adapter.tensors)
+            mixture.experts.load(expert, adapter.tensors)
             if not trainable:
                 mixture.freeze_expert(expert)
         return mixture
@@ -202,60 +217,88 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         Raises:
             CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file, or a newer format.
         """
-        from .checkpoint import load_mixture
+        folder, known = read_description(directory)
+        if base is None:
+            if not known.base_name:
+                raise CheckpointError(
+                    f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
+                )
+            base_kwargs = {**({"revision": known.base_revision} if known.base_revision else {}), **base_kwargs}
+        model, given_name = load_base(known.base_name if base is None else base, base_kwargs)
+        state = read_mixture(folder, known, model)
+        configs = {name: adapter.config for name, adapter in state.experts.items()}
+        mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
+        mixture._take_over(state, trainable)
+        return mixture.eval()
 
-        return load_mixture(cls, directory, base, trainable, base_kwargs)
-
-    def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the mixture as a checkpoint folder, atomically: a crash leaves an older one whole.
-
-        Args:
-            save_directory: the folder.
-            state_dict: full tensors by parameter name, where a trainer gathered them from shards.
-            kwargs: `is_main_process=False` writes nothing; `push_to_hub=True` (with `repo_id`, `token`, …) uploads.
-        """
-        from .checkpoint import save_mixture
-
-        save_mixture(self, save_directory, state_dict=state_dict, **kwargs)
+    def _take_over(self, state: MixtureState, trainable: bool) -> None:
+        """Put the values of a checked checkpoint in place, in the dtypes they were saved in."""
+        for name, adapter in state.experts.items():
+            self.experts.load(name, adapter.tensors, keep_dtype=True)
+        for key, parameter in self.router.named_parameters():
+            parameter.data = state.router[key].to(parameter.device)
+        self.experts.states.update(state.description.states)
+        for name in state.experts:
+            if name in state.description.frozen or not trainable:
+                self.freeze_expert(name)
+        self.router.requires_grad_(trainable)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DyLoraMoE:
-        self.routing.spare.clear()
+        self.holder.layers.spare.clear()
         result = super()._apply(fn, recurse)
-        lay_out_experts(self.routing, self.expert_names)
+        lay_out_experts(self.holder.layers, self.expert_names)
         return result
 
     def train(self, mode: bool = True) -> DyLoraMoE:
         """As in torch; training also gives back the memory that `generate(fold=True)` keeps."""
         if mode:
-            self.routing.spare.clear()
+            self.holder.layers.spare.clear()
         return super().train(mode)
 
     def _refresh(self) -> None:
         """Bring everything derived from the set of experts up to date."""
         names = self.expert_names
-        route_layers(self.base_model, self.routing)
+        route_layers(self.base_model, self.holder)
         self.active_adapter = names[0]
         self.base_model.set_adapter(names)
-        for name in self._frozen_experts:
+        for name in self.experts.frozen:
             self.base_model.set_requires_grad(name, False)
-        self._layers = routed_layers(self.base_model)
-        lay_out_experts(self.routing, names)
-        adapted = [layer.routing_name for layer in self._layers if layer.r]
-        self._adapts_head = any(self.placement.layer_of(path) == self.placement.num_layers for path in adapted)
-        lowest = lowest_layer(self.placement, adapted)
-        self._needs_routing_pass = self.moe_config.router_layer == "last" or lowest < self.router_layer_index
+        lay_out_experts(self.holder.layers, names)
+        self.hooks.adapts_head = self.experts.adapt_head(self.placement)
+        below = self.experts.lowest_layer(self.placement) < self.router_layer_index
+        self.hooks.needs_first_pass = self.moe_config.router_layer == "last" or below
 
     # ------------------------------------------------------------------ what it is
 
     @property
     def expert_names(self) -> list[str]:
         """Names of the experts, in the order of the columns of `routing_weights`."""
-        return list(self.expert_states)
+        return self.experts.names
+
+    @property
+    def expert_states(self) -> dict[str, str]:
+        """Name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`."""
+        return self.experts.states
+
+    @property
+    def frozen_experts(self) -> set[str]:
+        """Names of the experts that do not train."""
+        return set(self.experts.frozen)
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return len(self.expert_states)
+        return len(self.experts.states)
+
+    @property
+    def output_names(self) -> list[str]:
+        """What the router's outputs stand for: the experts, then `"base"` if it has a base route."""
+        return [*self.expert_names, *(["base"] if self.moe_config.route_to_base else [])]
+
+    @property
+    def routed_layers(self) -> list[Any]:
+        """The PEFT layers that carry experts, in module order."""
+        return list(self.holder.layers)
 
     @property
     def router_layer(self) -> int | str:
@@ -265,11 +308,44 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
     @property
     def passes_per_step(self) -> float:
         """Forward passes of the base per routed step: 1.0, or 1 + k/L with a routing pass (2.0 for `"last"`)."""
-        extra = self.router_layer_index / self.placement.num_layers if self._needs_routing_pass else 0.0
+        extra = self.router_layer_index / self.placement.num_layers if self.hooks.needs_first_pass else 0.0
         return 1.0 + extra
 
-    def _output_names(self) -> list[str]:
-        return [*self.expert_names, *(["base"] if self.moe_config.route_to_base else [])]
+    @property
+    def policy(self) -> Policy:
+        """How scores become weights now: by the configuration, `train()`/`eval()` and the experts' states."""
+        return self.hooks.policy
+
+    @property
+    def touch_all_experts(self) -> bool:
+        """Set by trainers where processes share the parameters in shards: with gradients on, a forced pass takes the
+        router and every other expert along with weight zero, so that all have the same gradients."""
+        return self.experts.touch_all
+
+    @touch_all_experts.setter
+    def touch_all_experts(self, value: bool) -> None:
+        self.experts.touch_all = value
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter of the mixture exactly once: per expert, `router`, `frozen`."""
+        groups = {name: [part.tensor for part in self.expert_tensors(name)] for name in self.expert_names}
+        groups["router"] = list(self.router.parameters())
+        known = {id(p) for group in groups.values() for p in group}
+        groups["frozen"] = [p for p in self.parameters() if id(p) not in known]
+        return groups
+
+    def parameter_report(self) -> ParameterReport:
+        """Parameters per expert, of the router and of the base; overhead in %."""
+        return parameter_report(self.parameter_groups())
+
+    def expert_tensors(self, name: str) -> list[ExpertTensor]:
+        """All tensors of one expert, collected layer by layer."""
+        return self.experts.tensors(name)
+
+    def lora_config(self, name: str) -> LoraConfig:
+        """The stock configuration of one expert."""
+        self.experts.check_known(name)
+        return cast(LoraConfig, self.peft_config[name])
 
     # ------------------------------------------------------------------ forward
 
@@ -299,10 +375,11 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
             ValueError: unknown experts, weights of the wrong shape or not finite, or both arguments at once.
         """
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
-        request = self._make_request(experts, routing_weights, batch, length, kwargs)
-        request.attention_mask, request.labels = attention_mask, labels
-        request.packed_rows = self.moe_config.granularity == "sequence" and has_packed_rows(attention_mask, kwargs)
-        with self._call(request):
+        call = self._call(experts, routing_weights, batch, length, kwargs)
+        call.attention_mask, call.labels = attention_mask, labels
+        per_sequence = GRANULARITIES[self.moe_config.granularity].per_sequence
+        call.packed_rows = per_sequence and has_packed_rows(attention_mask, kwargs)
+        with self.hooks.calling(call):
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -311,7 +388,7 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
                 return_dict=True,
                 **kwargs,
             )
-        result = self._result(output, request, labels is not None)
+        result = self._result(output, call, labels is not None)
         wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return result if wanted else result.to_tuple()
 
@@ -331,32 +408,29 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         adapted weights. They are restored bit for bit. Once compiled, sequence granularity mixes on instead.
         """
         batch, length = input_shape(args, kwargs)
-        request = self._make_request(experts, routing_weights, batch, None, kwargs)
-        request.attention_mask, request.prompt_length = kwargs.get("attention_mask"), length
-        request.fold = fold and check_foldable(self, batch, request)
-        with self._call(request):
-            self.routing.packed = {}
-            try:
-                if request.fold and self.get_base_model()._compiled_call_impl is not None:
-                    passes.fold_ahead(self, request)
-                return super().generate(*args, **kwargs)
-            finally:
-                unfold(self)
-                self.routing.packed = None
+        call = self._call(experts, routing_weights, batch, None, kwargs)
+        call.attention_mask, call.prompt_length = kwargs.get("attention_mask"), length
+        if fold:
+            call.check_foldable(batch, GRANULARITIES[self.moe_config.granularity])
+            call.fold = True
+        with self.hooks.calling(call, Generation()):
+            return super().generate(*args, **kwargs)
 
-    def _make_request(
-        self, experts: Any, weights: Tensor | None, batch: int | None, length: int | None, kwargs: dict
-    ) -> Request:
+    def _call(self, experts: Any, weights: Tensor | None, batch: int | None, length: int | None, kwargs: dict) -> Call:
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names is PEFT's way to choose; pass experts=[...] (one name per row) instead.")
         if experts is not None and weights is not None:
             raise ValueError("experts and routing_weights both force the routing; pass one of the two.")
         if weights is not None:
-            return Request(weights=check_weights(weights, self.num_experts, batch, length))
+            return Call(weights=check_weights(weights, self.num_experts, batch, length))
         experts = check_experts(experts, self.expert_names, batch)
-        request = Request(experts=self._default_experts if experts is None else experts)
-        request.one_hot = passes.forced_weights(self, request)
-        return request
+        experts = self.hooks.forced if experts is None else experts
+        entries = [experts] if isinstance(experts, str) else experts
+        one_hot = None
+        if entries is not None and None not in entries:
+            columns = columns_of(entries, self.expert_names, len(entries)) or ()
+            one_hot = one_hot_weights(columns, self.num_experts, next(self.router.parameters()).device)
+        return Call(experts=experts, one_hot=one_hot)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`torch.compile` the base with its routed layers; arguments as there.
@@ -365,27 +439,337 @@ class DyLoraMoE(ExpertLifecycle, Policy, Contexts, PassHooks, PeftModelForCausal
         """
         self.get_base_model().compile(*args, **kwargs)
 
-    @contextmanager
-    def _call(self, request: Request) -> Iterator[None]:
-        with self.routing.lock.turn():
-            outer, self._request = self._request, request
-            try:
-                yield
-            finally:
-                self._request, self._current = outer, None
-                self.routing.reset()
-
-    def _result(self, output: Any, request: Request, labelled: bool) -> MoECausalLMOutput:
-        decision = request.decision
+    def _result(self, output: Any, call: Call, labelled: bool) -> MoECausalLMOutput:
+        decision = call.decision
         fields: dict[str, Tensor | None] = {"lm_loss": output.get("loss")}
-        if decision is not None and decision.weights is not None:
-            fields["routing_weights"] = decision.weights.expand(decision.batch, decision.length, -1)
+        if decision is not None:
+            fields["routing_weights"] = decision.all_weights
         if decision is not None and decision.logits is not None:
             fields["router_logits"] = decision.logits
             if labelled:
-                mask = decision.routed_mask(decision.logits.device)
+                mask = decision.rows.routed_mask(decision.logits.device)
                 aux, fields["balance_loss"] = self.auxiliary_losses(decision.logits, mask, shares=decision.shares)
                 fields["aux_loss"] = aux
                 if output.get("loss") is not None:
                     fields["loss"] = output["loss"] + aux.to(output["loss"].device)
         return with_routing_fields(output, **fields)
+
+    def auxiliary_losses(
+        self,
+        logits: Tensor,
+        mask: Tensor | None = None,
+        mean: Mean = masked_mean,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The auxiliary loss (coefficients applied) and the raw balance loss of some tokens.
+
+        Args:
+            logits: `[..., n]` router scores; those of experts that are not routed yet do not matter.
+            mask: bool over the leading dimensions, True for tokens that count; default all.
+            mean: how to average over tokens; a trainer passes one that spans its processes.
+            shares: the policy's `[..., n]` weights, if they are known already.
+        """
+        policy, config = self.policy, self.moe_config
+        shares = policy.shares(logits).values if shares is None else shares
+        kinds = (config.balance_loss, config.balance_coefficient, config.z_loss_coefficient)
+        return router_losses(logits, shares, policy.masked, *kinds, mask=mask, mean=mean)
+
+    # ------------------------------------------------------------------ within a block
+
+    @contextmanager
+    def use_experts(self, experts: str) -> Iterator[DyLoraMoE]:
+        """Force one expert (or `"base"`) for all rows of every call within the block, whichever thread makes it."""
+        if not isinstance(experts, str):
+            raise TypeError(f"use_experts takes one name, not {experts!r}; per row: model(..., experts=[...]).")
+        check_experts(experts, self.expert_names, None)
+        before, self.hooks.forced = self.hooks.forced, experts
+        try:
+            yield self
+        finally:
+            self.hooks.forced = before
+
+    @contextmanager
+    def trace(self) -> Iterator[RoutingTrace]:
+        """Record the routing of every pass within the block; costs nothing outside."""
+        before, reached = self.hooks.trace, self.holder.reached
+        trace = self.hooks.trace = RoutingTrace(self.output_names)
+        self.holder.reached = trace.reached
+        try:
+            yield trace
+        finally:
+            self.hooks.trace, self.holder.reached = before, reached
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RouterRecord]]:
+        """Keep the router's inputs of every training pass, for a balance loss over a whole optimizer step."""
+        before, self.hooks.records = self.hooks.records, []
+        try:
+            yield self.hooks.records
+        finally:
+            self.hooks.records = before
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The bare base within the block; afterwards everything is as it was, `requires_grad` and modes included."""
+        trainable = [(p, p.requires_grad) for p in self.parameters()]
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            for module, training in modes:
+                module.training = training
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: the embeddings' output must not require gradients, or backward would not stop at layer k.
+
+        Only reentrant checkpointing needs it, which is refused.
+        """
+
+    # ------------------------------------------------------------------ the life of an expert
+
+    def add_expert(
+        self, name: str, source: LoraConfig | str | Path | None = None, trainable: bool | None = None
+    ) -> None:
+        """Add an expert; its logit is masked until `start_routing`, its forced output works at once.
+
+        An optimizer made before knows neither the expert's tensors nor the router's new shape: make a new one.
+
+        Args:
+            name: of the new expert.
+            source: a LoRA configuration for a fresh expert (default: that of the mixture), or the folder or hub id of
+                a stock PEFT LoRA adapter.
+            trainable: default True for a fresh expert, False for an imported one.
+
+        Raises:
+            ValueError: a name that is taken or reserved, or a configuration that cannot be mixed.
+            CheckpointError: an adapter that is missing, damaged or made for another architecture.
+        """
+        base = cast(PreTrainedModel, self.get_base_model())
+        check_expert_name(name, taken=self.expert_names, base=base)
+        adapter = read_adapter(str(source), base, name) if isinstance(source, (str, Path)) else None
+        config = self._fresh_config(cast(Any, source)) if adapter is None else adapter.config
+        position = self.num_experts
+        try:
+            super().add_adapter(name, config)
+            self.experts.states[name] = NEW
+            self.moe_config.set_experts(self.expert_names)
+            self.router.grow(position)
+            self._refresh()
+            self.experts.match_modes(name)
+            if adapter is not None:
+                self.experts.load(name, adapter.tensors)
+        except BaseException:
+            self._drop(name)
+            raise
+        if not (adapter is None if trainable is None else trainable):
+            self.freeze_expert(name)
+
+    def _fresh_config(self, source: LoraConfig | None) -> LoraConfig:
+        source = self.moe_config if source is None else source
+        if not isinstance(source, LoraConfig):
+            raise TypeError(f"an expert is made from a LoraConfig or an adapter's folder or id, not {source!r:.80}.")
+        check_mixable(source)
+        first = 0 if self.moe_config.router_layer == "last" else self.router_layer_index
+        return self.placement.fresh_expert(cast(PreTrainedModel, self.get_base_model()), source, first)
+
+    def remove_expert(self, name: str) -> None:
+        """Remove an expert and its row of the router.
+
+        Raises:
+            ValueError: an unknown name, the last expert, one without which no routed expert is left, or one that is
+                merged into the base.
+        """
+        self.experts.rest_without(name)
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        if name in self.experts.states and self.router.num_outputs == len(self.output_names):
+            self.router.shrink(self.expert_names.index(name))
+        self.active_adapter = next(other for other in self.expert_names if other != name)
+        self.peft_config.pop(name, None)
+        self.experts.drop(name, self.get_base_model())
+        self.moe_config.set_experts(self.expert_names)
+        self._refresh()
+
+    def rename_expert(self, old: str, new: str) -> None:
+        """Give an expert another name; tensors, order and router stay."""
+        self.experts.check_known(old)
+        check_expert_name(new, taken=self.expert_names, base=self.get_base_model())
+        self.experts.rename(old, new)
+        self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
+        if self.hooks.forced == old:
+            self.hooks.forced = new
+        self.moe_config.set_experts(self.expert_names)
+        self._refresh()
+
+    def freeze_expert(self, name: str) -> None:
+        """Keep an expert as it is: it is used and routed, but not trained."""
+        self.experts.check_known(name)
+        self.experts.frozen.add(name)
+        self.base_model.set_requires_grad(name, False)
+
+    def unfreeze_expert(self, name: str) -> None:
+        """Let an expert train again."""
+        self.experts.check_known(name)
+        self.experts.frozen.discard(name)
+        self.base_model.set_requires_grad(name, True)
+
+    def start_routing(self, *names: str) -> None:
+        """Unmask the logits of new experts (default: all), so that the router can learn to choose them."""
+        for name in names or self.expert_names:
+            self.experts.check_known(name)
+            self.experts.states[name] = ROUTED
+
+    def load_expert(self, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
+        """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype."""
+        self.experts.load(name, tensors, keep_dtype)
+
+    # ------------------------------------------------------------------ saving and exporting
+
+    def state(self, gathered: Mapping[str, Tensor] | None = None) -> MixtureState:
+        """The mixture as plain data: what a checkpoint holds.
+
+        Args:
+            gathered: full tensors by parameter name, where they are not those of this process.
+        """
+        adapters, router = {}, self.router.state_dict()
+        for name in self.expert_names:
+            config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
+            parts = self.expert_tensors(name)
+            tensors = {p.key: p.tensor.data if gathered is None else gathered[p.name] for p in parts}
+            adapters[name] = Adapter(config, tensors)
+        if gathered is not None:
+            router = {key: gathered[f"router.{key}"] for key in router}
+        revision = getattr(self.config, "_commit_hash", None)
+        states, frozen = dict(self.expert_states), self.frozen_experts
+        known = Description(self.moe_config, states, frozen, self.base_name, revision)
+        return MixtureState(known, adapters, router)
+
+    def gathered(self) -> dict[str, Tensor]:
+        """All tensors of experts and router by parameter name, whole and on the CPU; the base stays in its shards.
+
+        Where processes share parameters in shards, every one of them must call.
+        """
+        reshard(self)
+        return {name: whole(tensor.data).cpu() for name, tensor in self._trained_tensors().items()}
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """The tensors of experts and router by parameter name."""
+        tensors = {part.name: part.tensor for name in self.expert_names for part in self.expert_tensors(name)}
+        return {**tensors, **{f"router.{name}": parameter for name, parameter in self.router.named_parameters()}}
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        results: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the mixture as a checkpoint folder, atomically: a crash leaves an older one whole.
+
+        Args:
+            save_directory: the folder.
+            state_dict: full tensors by parameter name, where a trainer gathered them from shards.
+            is_main_process: False writes nothing.
+            push_to_hub: upload it afterwards, to `repo_id` (default: the folder's name).
+            results: measured values for the model card: column → {row → share between 0 and 1, or loss}.
+            kwargs: `token`, `private`, `commit_message`, … of the upload.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
+        for ignored in ("save_embedding_layers", "max_shard_size", "save_function"):  # PEFT and accelerate pass them
+            kwargs.pop(ignored, None)
+        if state_dict is None and is_sharded(next(self.router.parameters())):
+            state_dict = self.gathered()  # every process must call
+        if not is_main_process:
+            return
+        hub = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+        if kwargs:
+            raise TypeError(f"save_pretrained does not know {sorted(kwargs)}.")
+        if state_dict is not None:
+            check_gathered(state_dict, self._trained_tensors())
+        state, directory = self.state(state_dict), Path(save_directory)
+        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
+        write_mixture(state, directory, card)
+        if push_to_hub:
+            upload(directory, repo_id or directory.name, **hub)
+
+    def export_expert(self, name: str, directory: str | Path) -> None:
+        """Write one expert as a stock PEFT adapter, loadable with `PeftModel.from_pretrained(base, directory)`."""
+        config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
+        write_adapter(Path(directory), config, {part.key: part.tensor.data for part in self.expert_tensors(name)})
+
+    def export_mixture(self, weights: Mapping[str, float], directory: str | Path) -> None:
+        """Write a fixed mixture Σ_e w_e · expert_e as one exact LoRA, by concatenating the ranks.
+
+        Args:
+            weights: expert name → weight, any finite value.
+            directory: folder of the stock PEFT adapter.
+
+        Raises:
+            ValueError: an unknown expert, a weight that is not finite, or a DoRA expert (its output is not linear).
+        """
+        configs = {name: self.lora_config(name) for name in self.expert_names}
+        write_adapter(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_description: str | None = None,
+        create_pr: bool | None = None,
+        **save_options: Any,
+    ) -> str:
+        """Upload the mixture as a checkpoint to the Hugging Face hub; returns the commit's address.
+
+        `save_options` go to `save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            place = (token, private, commit_message, revision, commit_description, create_pr)
+            return upload(Path(folder), repo_id, *place)
+
+    # ------------------------------------------------------------------ PEFT's names for the same
+
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
+        """PEFT's name for `add_expert`."""
+        self.add_expert(adapter_name, peft_config)
+
+    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False) -> None:
+        """PEFT's name for importing an expert; see `add_expert`."""
+        self.add_expert(adapter_name, model_id, trainable=is_trainable)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's name for `remove_expert`."""
+        self.remove_expert(adapter_name)
+
+    def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
+        """Refused: all experts of a mixture are active, and the router chooses among them."""
+        raise ValueError(
+            "a mixture keeps all its experts active; to force one, pass experts=... to forward or generate, or use "
+            "`with model.use_experts(name)`."
+        )
+
+    def unload(self) -> nn.Module:
+        """Take the base back, bare: without experts and without hooks. The mixture is of no use afterwards."""
+        self.hooks.remove()
+        base = self.base_model.unload()
+        give_back_checkpoints(base)
+        return base
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: routing decides per token, so there is no single merged weight."""
+        raise ValueError(
+            "a routed mixture has no single merged weight; write a fixed mixture as one LoRA with export_mixture and "
+            "merge that, or call unload() for the bare base."
+        )

@@ -5,13 +5,8 @@ Every process must make the same calls in the same order: gathering is a collect
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .model import DyLoraMoE
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -52,11 +47,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def gather(mixture: DyLoraMoE) -> dict[str, Tensor]:
-    """All tensors of experts and router by parameter name, whole and on the CPU; the base stays in its shards."""
-    reshard(mixture)
-    tensors = {part.name: part.tensor for expert in mixture.expert_names for part in mixture.expert_tensors(expert)}
-    tensors |= {f"router.{name}": parameter for name, parameter in mixture.router.named_parameters()}
-    return {name: whole(tensor.data).cpu() for name, tensor in tensors.items()}

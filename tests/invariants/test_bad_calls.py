@@ -19,8 +19,8 @@ def refused(run: Any, model: Any, message: str, error: type[Exception] = ValueEr
     expected = model(ids).logits
     with pytest.raises(error, match=message):
         run(ids, **options)
-    assert not model.routing.in_force
-    assert model.routing.packed is None
+    assert model.holder.now is model.holder.resting
+    assert model.holder.generation is None
     assert torch.equal(model(ids).logits, expected)
 
 
@@ -91,7 +91,7 @@ def test_use_experts_takes_one_known_name():
         pass
     with pytest.raises(TypeError, match="use_experts takes one name"), model.use_experts(["red", "blue"]):
         pass
-    assert model._default_experts is None
+    assert model.hooks.forced is None
 
 
 def sequence_mixture(**settings: Any) -> DyLoraMoE:
@@ -142,7 +142,7 @@ def test_a_cache_that_a_forced_pass_filled(placement, options):
 
 def test_a_layer_whose_forward_was_replaced():
     model = tiny_mixture("llama")
-    layer = model._layers[0]
+    layer = model.routed_layers[0]
     layer.forward = type(layer).forward.__get__(layer)
     with pytest.raises(ValueError, match=f"{layer.routing_name}: something replaced the layer's `forward`"):
         model(tokens())

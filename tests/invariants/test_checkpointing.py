@@ -135,7 +135,7 @@ def test_statistics_are_counted_once(placement):
     assert len(scored) == len(trace.passes) == len(records) == 3
     assert trace.weights.shape == (2, 27, 3)
     assert set(trace.reached.values()) == {3}
-    assert set(trace.layers_reached) == {layer.routing_name for layer in model._layers}
+    assert set(trace.layers_reached) == {layer.routing_name for layer in model.routed_layers}
     assert abs(sum(trace.load().values()) - 1) < 1e-6
 
 
@@ -147,7 +147,7 @@ def test_reentrant_checkpointing_is_refused(switch, kwargs):
     owner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     with pytest.raises(ValueError, match=r"reentrant gradient checkpointing .* would silently lose"):
         model(tokens(), labels=tokens())
-    assert not model.routing.in_force
+    assert model.holder.now is model.holder.resting
     model.eval()(tokens())  # evaluation does not checkpoint
     owner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()(tokens(), labels=tokens()).loss.backward()

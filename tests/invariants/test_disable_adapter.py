@@ -14,10 +14,10 @@ def everything(model: DyLoraMoE) -> dict[str, Any]:
     return {
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "modes": {name: module.training for name, module in model.named_modules()},
-        "active": [layer.active_adapters for layer in model._layers],
-        "disabled": [layer.disable_adapters for layer in model._layers],
+        "active": [layer.active_adapters for layer in model.routed_layers],
+        "disabled": [layer.disable_adapters for layer in model.routed_layers],
         "adapter": model.active_adapter,
-        "holder": model.routing.state(),
+        "holder": model.holder.now,
         "flag": model._adapters_disabled,
     }
 
@@ -30,7 +30,7 @@ def test_is_the_base_and_restores(architecture, placement):
     ids = tokens()
     for train in (True, False):
         model.train(train)
-        model._layers[0].train(not train)  # a mode of its own
+        model.routed_layers[0].train(not train)  # a mode of its own
         before, expected = everything(model), base.train(train)(ids, labels=ids)
         with model.disable_adapter():
             out = model(ids, labels=ids)

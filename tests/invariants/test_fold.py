@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
-from dylora_moe.fold import fold, unfold
+from dylora_moe.layers.fold import fold, unfold
+from dylora_moe.layers.in_force import Generation
 from tiny import difference
 from tinybase import tiny_base
 
@@ -25,7 +26,11 @@ def assert_as_before(model: DyLoraMoE, before: list[tuple[int, torch.Tensor]]) -
     for (pointer, values), parameter in zip(before, model.parameters(), strict=True):
         assert parameter.data_ptr() == pointer
         assert torch.equal(parameter, values)
-    assert not model.routing.folded
+    assert model.holder.generation is None
+
+
+def fold_into(model: DyLoraMoE, generation: Generation, weights: list[float]) -> None:
+    fold(model.get_base_model(), model.holder, generation, tuple(model.expert_names), torch.tensor(weights))
 
 
 IDS = torch.arange(12).view(1, 12)
@@ -83,14 +88,14 @@ def test_layers_are_folded_while_it_runs_and_restored_after_an_error():
     before, seen = weights_of(model), []
 
     def stop(ids, scores):
-        seen.append(dict(model.routing.folded))
+        seen.append(dict(model.holder.generation.folded))
         if len(seen) == 3:
             raise RuntimeError("stop")
         return scores
 
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(IDS, experts="expert_0", fold=True, max_new_tokens=6, logits_processor=[stop])
-    adapted = {layer.routing_name for layer in model._layers}
+    adapted = {layer.routing_name for layer in model.routed_layers}
     assert all(set(folded) == adapted for folded in seen)
     assert_as_before(model, before)
 
@@ -119,19 +124,19 @@ def test_the_memory_of_a_fold_serves_the_next_one_until_training_or_a_move():
     model = mixture()
     before, arguments = weights_of(model), {"fold": True, "max_new_tokens": 4, "do_sample": False}
     found = [model.generate(IDS, experts="expert_0", **arguments)]
-    kept = {name: memory.data_ptr() for name, memory in model.routing.spare.items()}
-    assert set(kept) == {layer.routing_name for layer in model._layers}
+    kept = {name: memory.data_ptr() for name, memory in model.holder.layers.spare.items()}
+    assert set(kept) == {layer.routing_name for layer in model.routed_layers}
     model.generate(IDS, experts="expert_1", **arguments)
-    assert {name: memory.data_ptr() for name, memory in model.routing.spare.items()} == kept
+    assert {name: memory.data_ptr() for name, memory in model.holder.layers.spare.items()} == kept
     found.append(model.generate(IDS, experts="expert_0", **arguments))
     assert_as_before(model, before)
     model.train().eval()
-    assert not model.routing.spare
+    assert not model.holder.layers.spare
     found.append(model.generate(IDS, experts="expert_0", **arguments))
     model.get_base_model().float()  # which the mixture does not see
     found.append(model.generate(IDS, experts="expert_0", **arguments))
     model.to(torch.float64)
-    assert not model.routing.spare
+    assert not model.holder.layers.spare
     found.append(model.generate(IDS, experts="expert_0", **arguments))
     assert all(torch.equal(tokens, found[0]) for tokens in found)
 
@@ -140,7 +145,7 @@ def test_the_memory_of_a_fold_serves_the_next_one_until_training_or_a_move():
 def test_a_prompt_of_sequence_granularity_runs_folded_already(monkeypatch):
     """Its decision is known when the router has read, below the first adapted layer."""
     model = mixture(granularity="sequence")
-    monkeypatch.setattr("dylora_moe.layers.mix_group", None)  # nothing is mixed
+    monkeypatch.setattr("dylora_moe.layers.routed.mix_group", None)  # nothing is mixed
     model.generate(IDS, fold=True, max_new_tokens=3, do_sample=False)
 
 
@@ -162,9 +167,10 @@ def test_what_is_not_one_fixed_mixture_is_refused(settings, call, rows, message)
 def test_folding_twice_keeps_the_first_original():
     model = mixture()
     before = weights_of(model)
+    generation = Generation()
     for weights in ([1.0, 0.0, 0.0], [0.0, 0.5, 0.5]):
-        fold(model, torch.tensor(weights))
-    unfold(model)
+        fold_into(model, generation, weights)
+    unfold(model.holder, generation)
     assert_as_before(model, before)
 
 
@@ -222,22 +228,23 @@ def test_folding_in_inference_mode_and_out_of_it():
 def test_an_interrupt_while_weights_are_put_back_loses_none(monkeypatch):
     model = mixture()
     before = weights_of(model)
-    fold(model, torch.tensor([0.2, 0.3, 0.5]))
+    generation = Generation()
+    fold_into(model, generation, [0.2, 0.3, 0.5])
 
     class Interrupted(dict):
         def __setitem__(self, *_):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(model.routing, "spare", Interrupted())
+        patched.setattr(model.holder.layers, "spare", Interrupted())
         with pytest.raises(KeyboardInterrupt):
-            unfold(model)
-    unfold(model)
+            unfold(model.holder, generation)
+    unfold(model.holder, generation)
     assert_as_before(model, before)
 
 
 def test_a_pickled_routing_leaves_the_spare_memory_behind():
     model = mixture()
     model.generate(IDS, max_new_tokens=2, fold=True, experts="expert_1")
-    assert model.routing.spare
-    assert not copy.deepcopy(model).routing.spare
+    assert model.holder.layers.spare
+    assert not copy.deepcopy(model).holder.layers.spare

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
+from dylora_moe.layers.in_force import Generation, InForce
 from tiny import EXPERTS, difference, routed_layer
 
 NAMES = tuple(EXPERTS)
@@ -35,7 +36,7 @@ KINDS = {
 
 def stock_mixture(layer: Any, x: Tensor, weights: Tensor) -> Tensor:
     """Σ_e w_e (y_e − base) + base from PEFT's own forward, one expert active at a time."""
-    layer.routing.reset()
+    layer.holder.rest()
     base = layer.base_layer(x)
     y = base
     for column, name in enumerate(NAMES):
@@ -52,7 +53,7 @@ def outcome(layer: Any, x: Tensor, weights: Tensor, dy: Tensor, mixed: bool) -> 
     x = x.detach().requires_grad_() if x.is_floating_point() else x
     weights = weights.detach().requires_grad_()
     if mixed:
-        layer.routing.mix(NAMES, weights)
+        layer.holder.put(InForce(NAMES, weights))
         y = layer(x)
     else:
         y = stock_mixture(layer, x, weights)
@@ -88,26 +89,26 @@ def test_merged_adapters_are_counted_once(make, merged):
     expected = stock_mixture(layer, x, weights)
     forced = {name: only(layer, x, [name]) for name in NAMES}
     layer.merge(adapter_names=merged)
-    layer.routing.mix(NAMES, weights)
+    layer.holder.put(InForce(NAMES, weights))
     assert difference(layer(x), expected) <= 1e-12
     for name in NAMES:
-        layer.routing.force([name])
+        layer.holder.put(InForce(forced=(name,)))
         assert difference(layer(x), forced[name]) <= 1e-12, name
-    layer.routing.mix(("blue",), weights[..., 2:])  # the merged ones are not among those in force
+    layer.holder.put(InForce(("blue",), weights[..., 2:]))  # the merged ones are not among those in force
     blue = layer(x)
     layer.unmerge()
     assert difference(layer(x), blue) <= 1e-12
 
 
 def only(layer: Any, x: Tensor, names: list[str]) -> Tensor:
-    layer.routing.force(names)
+    layer.holder.put(InForce(forced=tuple(names)))
     return layer(x)
 
 
 def test_merged_dora_is_refused():
     layer, x, weights, _ = example("DoRA on Linear")
     layer.merge(adapter_names=["red"])
-    layer.routing.mix(NAMES, weights)
+    layer.holder.put(InForce(NAMES, weights))
     with pytest.raises(ValueError, match=r"'red' is merged and uses DoRA; call unmerge_adapter\(\)"):
         layer(x)
 
@@ -117,7 +118,7 @@ def test_experts_of_unequal_dropout_draw_a_mask_each():
     layer = routed_layer(nn.Linear(7, 5), {n: {**e, "lora_dropout": rates[n]} for n, e in EXPERTS.items()}, train=True)
     layer.double()
     x, weights = torch.randn(2, 4, 7).double(), torch.rand(2, 4, 3).double()
-    layer.routing.mix(NAMES, weights)
+    layer.holder.put(InForce(NAMES, weights))
     torch.manual_seed(2)
     found = layer(x)
     torch.manual_seed(2)
@@ -162,7 +163,7 @@ def test_autocast(adapters):
     with torch.autocast("cpu", torch.bfloat16):
         found = outcome(layer, x, weights, dy.bfloat16(), mixed=True)
         with torch.no_grad():
-            layer.routing.packed = {}
+            layer.holder.generation = Generation()
             evaluated = layer(x), layer(x)
     assert found["y"].dtype == torch.bfloat16
     assert found["x"].dtype == torch.float32

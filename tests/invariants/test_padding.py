@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from dylora_moe import routing
+from dylora_moe.routing.losses import switch
+from dylora_moe.routing.policies import dense
 from tiny import (
     NAMES,
     PLACEMENTS,
@@ -174,8 +175,8 @@ def test_records_score_real_tokens_of_routed_rows(granularity):
 def test_switch_is_the_loss_of_transformers():
     logits, mask = torch.randn(3, 7, 4), torch.tensor([[0] * 3 + [1] * 4, [1] * 7, [0] * 6 + [1]])
     expected = load_balancing_loss_func((logits.flatten(0, 1),), num_experts=4, top_k=1, attention_mask=mask)
-    found = routing.switch(logits, routing.dense(logits), mask.bool())
+    found = switch(logits, dense(logits), mask.bool())
     assert difference(found, expected) <= TOLERANCE
     uniform, collapsed = torch.zeros(1, 8, 4), torch.tensor([50.0, 0, 0, 0]).expand(1, 8, 4)
-    assert difference(routing.switch(uniform, routing.dense(uniform)), torch.tensor(1.0)) <= TOLERANCE
-    assert difference(routing.switch(collapsed, routing.dense(collapsed)), torch.tensor(4.0)) <= TOLERANCE
+    assert difference(switch(uniform, dense(uniform)), torch.tensor(1.0)) <= TOLERANCE
+    assert difference(switch(collapsed, dense(collapsed)), torch.tensor(4.0)) <= TOLERANCE

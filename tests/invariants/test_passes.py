@@ -86,7 +86,7 @@ def test_the_default_is_a_quarter_of_the_way_up_in_one_pass():
     model = tiny_mixture("llama", router_layer=None)
     assert model.router_layer == 1
     assert model.passes_per_step == 1.0
-    adapted = {model.placement.layer_of(layer.routing_name) for layer in model._layers}
+    adapted = {model.placement.layer_of(layer.routing_name) for layer in model.routed_layers}
     assert adapted == {1, 2, 3}
 
 

@@ -45,8 +45,7 @@ def assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 def nothing_in_force(model: DyLoraMoE) -> bool:
-    idle = model._request is None and model._current is None and model.routing.packed is None
-    return idle and not model.routing.in_force and model.routing.weights is None and model.routing.names == ()
+    return model.hooks.call is None and model.holder.generation is None and model.holder.now is model.holder.resting
 
 
 def routed_peft(architecture: str = "llama") -> Any:
@@ -88,7 +87,7 @@ def test_copies_are_models_of_their_own(architecture, duplicate):
     expected = step(model)
     twin = duplicate(model)
     assert type(twin) is DyLoraMoE
-    assert all(layer.routing is twin.routing is not model.routing for layer in twin._layers)
+    assert all(layer.holder is twin.holder is not model.holder for layer in twin.routed_layers)
     with model.use_experts("red"):
         assert_bitwise(step(twin), expected)
     with model.trace() as trace:
@@ -110,7 +109,7 @@ def test_copies_of_a_routed_peft_model(duplicate):
     twin = duplicate(model)
     assert type(twin) is type(model)
     assert_bitwise(step(twin, routing_weights=weights), expected)
-    assert twin.routing is not model.routing
+    assert twin.holder is not model.holder
 
 
 def in_threads(*functions: Callable[[], Any]) -> list[list[Any]]:
@@ -216,7 +215,6 @@ def test_nothing_stays_in_force_after_an_error(placement, entry, where):
         model(ids, experts=["red", "blue"])
     handle.remove()
     assert nothing_in_force(model)
-    assert not model._inside_base
     assert len(model.placement.layers(model.get_base_model())) == 4
     assert torch.equal(model(ids).logits, expected)
     assert torch.equal(model(ids, experts="red").logits, forced)

@@ -1,4 +1,4 @@
-"""Loading the frozen base."""
+"""Loading the frozen base, and checking that it is bare."""
 
 from __future__ import annotations
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .trace import parameter_report
-
-if TYPE_CHECKING:
-    from .model import DyLoraMoE
+from ..reports import ParameterReport
+from .mixture import MixtureState
 
 _TEMPLATE = """---
 library_name: dylora-moe
@@ -45,37 +43,44 @@ Each expert's folder is a stock PEFT adapter: `PeftModel.from_pretrained(base, "
 """
 
 
-def model_card(model: DyLoraMoE, results: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    state: MixtureState,
+    parameters: ParameterReport,
+    router_layer: int | str,
+    passes_per_step: float,
+    results: Mapping[str, Any] | None = None,
+) -> str:
     """Markdown for the folder's README.md.
 
     Args:
-        model: the mixture.
+        state: the mixture.
+        parameters: how many it has.
+        router_layer: the layer whose input the router reads.
+        passes_per_step: passes of the base per routed step.
         results: measured values to show: column → {row → share between 0 and 1, or loss}.
     """
-    config = model.moe_config
-    rows = [
-        f"| {r['part']} | {r['parameters']:,} | {r['percent of base']:.2f} |" for r in parameter_report(model).table()
-    ]
+    config, names = state.description.config, list(state.experts)
+    rows = [f"| {r['part']} | {r['parameters']:,} | {r['percent of base']:.2f} |" for r in parameters.table()]
     experts = []
-    for name, state in model.expert_states.items():
-        lora = model.lora_config(name)
-        frozen = ", frozen" if name in model._frozen_experts else ""
-        experts.append(f"| {name} | {lora.r} | {lora.lora_alpha} | {state}{frozen} |")
-    base = model.base_name or "an unnamed base"
+    for name, expert_state in state.description.states.items():
+        lora = state.experts[name].config
+        frozen = ", frozen" if name in state.description.frozen else ""
+        experts.append(f"| {name} | {lora.r} | {lora.lora_alpha} | {expert_state}{frozen} |")
+    base = state.description.base_name or "an unnamed base"
     return _TEMPLATE.format(
-        count=model.num_experts,
+        count=len(names),
         base=base,
         base_line=f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith(("/", ".")) else "",
-        router_layer=model.router_layer,
-        passes=model.passes_per_step,
+        router_layer=router_layer,
+        passes=passes_per_step,
         rows="\n".join(rows),
         experts="\n".join(experts),
         granularity=config.granularity,
-        top_k=config.top_k or min(2, model.router.num_outputs),
+        top_k=config.top_k or min(2, len(names) + config.route_to_base),
         temperature=config.temperature,
         router_type=config.router_type,
         results=_results_table(results) if results else "",
-        first=model.expert_names[0],
+        first=names[0],
     )
 
 

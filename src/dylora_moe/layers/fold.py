@@ -12,70 +12,43 @@ Shapes: D in, O out, E experts.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .layers import member_of
-from .mixing.member import Member
-from .request import Request
-
-if TYPE_CHECKING:
-    from .model import DyLoraMoE
-
-
-def check_foldable(model: DyLoraMoE, batch: int | None, request: Request) -> bool:
-    """True, or an error where there is no single fixed mixture.
-
-    Raises:
-        ValueError: routing that changes from token to token or from row to row.
-    """
-    rows = batch
-    if request.weights is not None:
-        rows = request.weights.shape[0]
-    elif request.experts is not None:
-        rows = 1 if isinstance(request.experts, str) else len(set(request.experts))
-    elif model.moe_config.granularity != "sequence":
-        raise ValueError(
-            "fold=True needs routing that stays the same for the whole sequence; routing per token changes. Force an "
-            'expert (experts="…"), give routing_weights, or use granularity="sequence".'
-        )
-    if rows != 1 or (isinstance(request.experts, list) and None in request.experts):
-        raise ValueError(
-            f"fold=True serves one mixture at a time, but the {batch} rows have one each: pass one row, or force the "
-            "same expert or weights [E] for all."
-        )
-    return True
+from ..mixing.member import Member
+from .groups import member_of
+from .in_force import Generation, Holder
 
 
 @torch.no_grad()
-def fold(model: DyLoraMoE, weights: Tensor) -> None:
+def fold(base: nn.Module, holder: Holder, generation: Generation, names: tuple[str, ...], weights: Tensor) -> None:
     """Fold the mixture of `weights [E]` into every layer that allows it; the others go on mixing.
 
     Layers with DoRA, active dropout, biases of experts, a weight that another module shares (a tied head), or a base
     that is not a plain linear layer are left alone.
     """
-    modules = model.named_modules(remove_duplicate=False)
-    holders = Counter(id(p) for _, module in modules for p in module._parameters.values())
-    names, folded, shares = tuple(model.expert_names), model.routing.folded, weights.tolist()
-    compiled = model.get_base_model()._compiled_call_impl is not None
-    shortcut = model.routing.reached is None and not compiled  # nobody counts, and no graph depends on the layers
-    for layer in model._layers:
+    modules = base.named_modules(remove_duplicate=False)
+    owners = Counter(id(p) for _, module in modules for p in module._parameters.values())
+    shares = weights.tolist()
+    compiled = cast(Any, base)._compiled_call_impl is not None
+    shortcut = holder.reached is None and not compiled  # nobody counts, and no graph depends on the layers
+    for layer in holder.layers:
         member = member_of(layer, names)
         if member is None or member.weight is None or member.experts.dropout or any(layer.lora_bias.values()):
             continue
         parameter = layer.base_layer.weight
-        if holders[id(parameter)] > 1:
+        if owners[id(parameter)] > 1:
             continue
         original = parameter.data
-        if layer.routing_name not in folded:
-            folded[layer.routing_name] = (layer, original)
+        if layer.routing_name not in generation.folded:
+            generation.folded[layer.routing_name] = (layer, original)
         own = member.experts
         scales = [shares[column] * scaling for column, scaling in zip(own.columns, own.scalings, strict=True)]
         if any(scales):
-            mixed = model.routing.spare.pop(layer.routing_name, original)
+            mixed = holder.layers.spare.pop(layer.routing_name, original)
             if mixed is original or (mixed.shape, mixed.dtype, mixed.device) != (
                 original.shape,
                 original.dtype,
@@ -89,18 +62,16 @@ def fold(model: DyLoraMoE, weights: Tensor) -> None:
             layer.forward = layer.base_layer.forward
 
 
-def unfold(model: DyLoraMoE) -> None:
+def unfold(holder: Holder, generation: Generation) -> None:
     """Put the original weights back; each is forgotten last, so that what an interrupt leaves can be put back later."""
-    folded = model.routing.folded
-    for name, (layer, original) in list(folded.items()):
+    for name, (layer, original) in list(generation.folded.items()):
         parameter = layer.base_layer.weight
         mixed = parameter.data
         parameter.data = original
         layer.__dict__.pop("forward", None)
         if mixed.data_ptr() != original.data_ptr():
-            model.routing.spare[name] = mixed
-        del folded[name]
-    model.routing.folded_by = None
+            holder.layers.spare[name] = mixed
+        del generation.folded[name]
 
 
 def _mix_into(out: Tensor, member: Member, scales: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the recompute of a layer sees the routing of its own forward pass."""
+"""Gradient checkpointing: the recompute of a layer sees what was in force in its own forward pass."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Any, cast
 
 from torch import nn
 
-from .holder import Routing
+from .in_force import Holder
 
 
 class KeepRouting:
     """Wraps a checkpoint function so that the recompute sees the routing of its own forward."""
 
-    def __init__(self, checkpoint: Any, routing: Routing):
-        self.checkpoint, self.routing = checkpoint, routing
+    def __init__(self, checkpoint: Any, holder: Holder):
+        self.checkpoint, self.holder = checkpoint, holder
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        state, reached = self.routing.state(), self.routing.reached
+        now, reached = self.holder.now, self.holder.reached
 
         def with_routing(*inputs: Any, **options: Any) -> Any:
             nonlocal reached
             counts, reached = reached, None  # the forward counts, the recompute does not
-            with self.routing.lock.turn(), self.routing.restored(state, counts):
+            with self.holder.lock.turn(), self.holder.restored(now.again(), counts):
                 return function(*inputs, **options)
 
         return self.checkpoint(with_routing, *args, **kwargs)
 
 
-def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
+def keep_routing_in_checkpoints(model: nn.Module, holder: Holder) -> None:
     """Wrap every layer's checkpoint function once, however checkpointing was switched on.
 
     Raises:
@@ -46,4 +46,12 @@ def keep_routing_in_checkpoints(model: nn.Module, routing: Routing) -> None:
                 "reentrant gradient checkpointing (torch's default) would silently lose the gradient of the routing "
                 'weights; pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        cast(Any, module)._gradient_checkpointing_func = KeepRouting(function, routing)
+        cast(Any, module)._gradient_checkpointing_func = KeepRouting(function, holder)
+
+
+def give_back_checkpoints(model: nn.Module) -> None:
+    """Undo `keep_routing_in_checkpoints`."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, KeepRouting):
+            cast(Any, module)._gradient_checkpointing_func = function.checkpoint

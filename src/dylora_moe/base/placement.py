@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import stock_lora
+from ..config import stock_lora
 
 BEFORE_THE_LAYERS = -1
 
@@ -140,8 +139,3 @@ def adaptable_modules(base: nn.Module) -> list[str]:
 def _is_leaf_with_weights(module: nn.Module) -> bool:
     weights = any(True for _ in module.parameters(recurse=False))
     return weights and not any(module.children()) and "norm" not in type(module).__name__.lower()
-
-
-def lowest_layer(placement: Placement, paths: Iterable[str]) -> int:
-    """The lowest decoder layer among adapted module paths; L if there is none."""
-    return min((placement.layer_of(path) for path in paths), default=placement.num_layers)

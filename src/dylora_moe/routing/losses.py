@@ -1,34 +1,17 @@
-"""Routing as pure functions: policies, losses, load, entropy.
+"""What the router pays for its choices, as pure functions.
 
-Shapes: B batch, S sequence, E router outputs (the experts, and the base route as the last one if there is one),
-K top-k. Logits and weights are float32 `[..., E]`; masks are bool over the leading dimensions, True for a token
-that counts.
+A balance loss is added by a function in a file of its own and a row in `BALANCE_LOSSES`. Shapes: E router outputs.
+Logits and weights are float32 `[..., E]`; masks are bool over the leading dimensions, True for a token that counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def dense(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Softmax over all outputs: `[..., E]` weights that sum to 1."""
-    return F.softmax(logits / temperature, dim=-1)
-
-
-def top_k(logits: Tensor, k: int, temperature: float | Tensor = 1.0) -> Tensor:
-    """Softmax over the `k` best logits and zero elsewhere (Shazeer et al., arXiv 1701.06538, eq. 3-5).
-
-    Ties go to the lowest index, so that the choice depends on neither E nor the memory layout.
-    """
-    if k >= logits.shape[-1]:
-        return dense(logits, temperature)
-    best = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :k]
-    dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, False)
-    return dense(logits.masked_fill(dropped, float("-inf")), temperature)
+from .policies import dense, top_k
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,12 +60,36 @@ BALANCE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None, Mean], Tensor
     "uniform_mse": uniform_mse,
     "switch": switch,
 }
+"""Name → `(logits, shares, mask, mean)`."""
 
 
-def one_hot_weights(columns: list[int | None], num_experts: int, device: torch.device | None = None) -> Tensor:
-    """`[B, 1, E]` weights that give row b wholly to expert `columns[b]`, or to none where it is None."""
-    weights = torch.zeros(len(columns), 1, num_experts, device=device)
-    for row, column in enumerate(columns):
-        if column is not None:
-            weights[row, 0, column] = 1.0
-    return weights
+def router_losses(
+    logits: Tensor,
+    shares: Tensor,
+    masked: Sequence[int],
+    balance_loss: str,
+    balance_coefficient: float,
+    z_loss_coefficient: float,
+    mask: Tensor | None = None,
+    mean: Mean = masked_mean,
+) -> tuple[Tensor, Tensor]:
+    """The auxiliary loss (coefficients applied) and the raw balance loss of some tokens.
+
+    Args:
+        logits, shares: `[..., E]`, before and after the policy.
+        masked: columns of experts that are not routed yet; they have no part in the balance.
+        balance_loss: of `BALANCE_LOSSES`, or `"none"`.
+        balance_coefficient, z_loss_coefficient: weights of the two.
+        mask: bool over the leading dimensions, True for tokens that count; default all.
+        mean: how to average over tokens.
+    """
+    if masked:
+        kept = torch.tensor([i for i in range(logits.shape[-1]) if i not in set(masked)], device=logits.device)
+        logits, shares = logits.index_select(-1, kept), shares.index_select(-1, kept)
+    balance = logits.new_zeros(())
+    if balance_loss != "none":
+        balance = BALANCE_LOSSES[balance_loss](logits, shares, mask, mean)
+    total = balance_coefficient * balance
+    if z_loss_coefficient:
+        total = total + z_loss_coefficient * z_loss(logits, mask, mean)
+    return total, balance

@@ -1,0 +1,1 @@
+"""The frozen base: loading it, the embedded one, and where its decoder layers are."""

@@ -1,0 +1,1 @@
+"""Files: mixtures and stock adapters, written, read and checked as plain data. Nothing here knows the model."""

@@ -1,0 +1,139 @@
+"""Stock PEFT LoRA adapters: read, checked against a base without touching it, written.
+
+dir/adapter_config.json
+dir/adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import check_mixable
+from ..experts.tensors import layer_tensors
+from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+
+
+class Adapter(NamedTuple):
+    """A validated stock adapter: its configuration and its tensors by stock key."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter") -> Adapter:
+    """Read a stock PEFT LoRA adapter and check that it fits `base`, without touching `base`.
+
+    Args:
+        source: a folder or a hub id.
+        base: the model it is meant for.
+        name: of the expert, for messages.
+
+    Raises:
+        CheckpointError: missing, damaged, pickled, not a LoRA adapter, or made for another architecture.
+    """
+    folder = local_folder(source, [ADAPTER_CONFIG, ADAPTER_TENSORS])
+    config_file = folder / ADAPTER_CONFIG
+    fields = read_json(config_file)
+    if fields.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{config_file}: peft_type is {fields.get('peft_type')!r}; only LORA adapters can be mixed."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        assert isinstance(config, LoraConfig)
+        check_mixable(config, name)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    config.inference_mode = False  # whether an expert trains is the mixture's business
+    tensors = read_tensors(folder / ADAPTER_TENSORS)
+    expected, config.fan_in_fan_out = _expected_tensors(base, config, config_file)
+    _drop_base_weights(tensors, expected, base, folder / ADAPTER_TENSORS)
+    check_tensors(tensors, expected, folder / ADAPTER_TENSORS, f"this {type(base).__name__}", config)
+    return Adapter(config, tensors)
+
+
+def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> tuple[dict[str, tuple], bool]:
+    """Shapes by stock key that PEFT itself would give this adapter on a base of this architecture (on no memory)."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out with a warning; we keep what it found
+        skeleton = type(base)(copy.deepcopy(base.config))
+        try:
+            model = LoraModel(skeleton, {"probe": copy.deepcopy(config)}, "probe", low_cpu_mem_usage=True)
+        except (ValueError, TypeError) as error:
+            made_for = config.base_model_name_or_path or "an unnamed base"
+            raise CheckpointError(
+                f"{file}: made for {made_for}, does not fit {type(base).__name__}: {error}"
+            ) from error
+    layers = [(path, m) for path, m in model.model.named_modules() if isinstance(m, LoraLayer)]
+    tensors = [tensor for path, layer in layers for tensor in layer_tensors(layer, path, "probe")]
+    fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for _, layer in layers)
+    return {tensor.key: tuple(tensor.tensor.shape) for tensor in tensors}, fan_in_fan_out
+
+
+def _drop_base_weights(
+    tensors: dict[str, Tensor], expected: Mapping[str, tuple], base: PreTrainedModel, file: Path
+) -> None:
+    """Stock PEFT writes the base's embeddings beside an adapter on them: leave them out if they are this base's."""
+    own = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters(remove_duplicate=False)}
+    for key in sorted(set(tensors) - set(expected)):
+        weight = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if weight is None or weight.shape != tensors[key].shape:
+            continue
+        if not torch.equal(tensors[key].to(weight), weight):
+            raise CheckpointError(f"{file}: {key} differs from the base's weight, which all experts share.")
+        del tensors[key]
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple],
+    file: Path,
+    what: str,
+    config: LoraConfig | None = None,
+) -> None:
+    """Raise `CheckpointError` unless the `tensors` of a file are those `expected`, name by name and shape by shape."""
+    origin = f" (made for {config.base_model_name_or_path})" if config and config.base_model_name_or_path else ""
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    if missing:
+        raise CheckpointError(f"{file}{origin}: {len(missing)} of {len(expected)} tensors missing, first {missing[0]}.")
+    if unknown:
+        raise CheckpointError(f"{file}{origin}: {len(unknown)} tensors that {what} does not have, first {unknown[0]}.")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise CheckpointError(
+                f"{file}{origin}: {key} has shape {list(tensors[key].shape)}, {what} expects {list(shape)}."
+            )
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise CheckpointError(f"{file}{origin}: {key} holds values that are not finite.")
+
+
+def write_adapter(directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a stock adapter folder atomically."""
+    with replacing(directory, owned=(ADAPTER_CONFIG, ADAPTER_TENSORS)) as folder:
+        write_adapter_files(folder, config, tensors)
+
+
+def write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files into `folder`."""
+    folder.mkdir(exist_ok=True)
+    config = copy.copy(config)
+    if isinstance(config.target_modules, set):  # would be written in any order
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(str(folder))
+    plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    save_file(plain, folder / ADAPTER_TENSORS, metadata={"format": "pt"})

@@ -1,0 +1,173 @@
+"""The checkpoint format (`format_version: 1`): save, load, validate. Everything is checked before a model is touched.
+
+dir/moe_config.json                    mixture configuration, expert order and state, base name and revision
+dir/router.safetensors                 router tensors
+dir/<expert>/adapter_config.json       stock PEFT
+dir/<expert>/adapter_model.safetensors
+dir/README.md                          model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..version import __version__
+from ..config import MoELoraConfig
+from ..experts.expert_set import NEW, ROUTED
+from ..routing.router import Router
+from .adapters import Adapter, check_tensors, read_adapter, write_adapter_files
+from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "moe_config.json"
+ROUTER_FILE = "router.safetensors"
+CARD_FILE = "README.md"
+LATER_FIELDS = {"policy": "top_k"}
+"""Fields that came after the first release, left out where they have this value, so that older versions read the file."""
+
+
+class Description(NamedTuple):
+    """What `moe_config.json` says.
+
+    Attributes:
+        config: the configuration.
+        states: expert → `"routed"` or `"new"`, in order.
+        frozen: experts that do not train.
+        base_name, base_revision: of the base, if they were known.
+    """
+
+    config: MoELoraConfig
+    states: dict[str, str]
+    frozen: set[str]
+    base_name: str | None
+    base_revision: str | None
+
+
+@dataclass(frozen=True)
+class MixtureState:
+    """A mixture as plain data: what a checkpoint holds and an export needs.
+
+    Attributes:
+        description: configuration, experts and base.
+        experts: name → stock configuration and tensors by stock key, in order.
+        router: tensors by name.
+    """
+
+    description: Description
+    experts: dict[str, Adapter]
+    router: dict[str, Tensor]
+
+
+def write_mixture(state: MixtureState, directory: Path, card: str) -> None:
+    """Write a checkpoint folder atomically, with the text of its model card."""
+    with replacing(directory, owned={CONFIG_FILE, ROUTER_FILE, CARD_FILE, *saved_experts(directory)}) as folder:
+        for name, adapter in state.experts.items():
+            write_adapter_files(folder / name, adapter.config, adapter.tensors)
+        router = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.router.items()}
+        save_file(router, folder / ROUTER_FILE)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        text = json.dumps(_fields(state.description), indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_description(directory: str | Path) -> tuple[Path, Description]:
+    """The local folder of a checkpoint (a hub id is downloaded), and what its `moe_config.json` says."""
+    folder = local_folder(directory, [CONFIG_FILE])
+    return folder, _parse(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+
+
+def read_mixture(folder: Path, description: Description, base: PreTrainedModel) -> MixtureState:
+    """The checkpoint in `folder`, every tensor of it checked against `base` without touching it.
+
+    Raises:
+        CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file.
+    """
+    experts = {name: read_adapter(folder / name, base, name) for name in description.states}
+    config = description.config
+    outputs = len(experts) + config.route_to_base
+    with torch.device("meta"):
+        width = base.config.get_text_config().hidden_size
+        router = Router(width, outputs, config.router_type, config.router_hidden_size)
+    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router))
+
+
+def read_router(file: Path, router: Router) -> dict[str, Tensor]:
+    """Read a router's tensors and check that they fit `router`, without touching it."""
+    tensors = read_tensors(file)
+    shapes = {key: tuple(value.shape) for key, value in router.state_dict().items()}
+    check_tensors(tensors, shapes, file, "the router of the mixture")
+    return tensors
+
+
+def check_gathered(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless `state_dict` holds all of the `expected` tensors, in their shapes."""
+    for name, tensor in expected.items():
+        if name not in state_dict:
+            raise CheckpointError(
+                f"state_dict: {name} is missing. It must hold all tensors of experts and router (FULL_STATE_DICT)."
+            )
+        if state_dict[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"state_dict: {name} has shape {list(state_dict[name].shape)}, expected {list(tensor.shape)}."
+            )
+
+
+def saved_experts(directory: Path) -> set[str]:
+    """Names of the experts of the mixture in `directory`, if there is one."""
+    try:
+        return {entry["name"] for entry in read_json(directory / CONFIG_FILE)["experts"]}
+    except (CheckpointError, KeyError, TypeError):
+        return set()
+
+
+def _fields(description: Description) -> dict[str, Any]:
+    config, default = description.config.to_dict(), MoELoraConfig().to_dict()
+    lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}
+    kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
+    kept = {key: value for key, value in kept.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
+    return {
+        "format_version": FORMAT_VERSION,
+        "dylora_moe_version": __version__,
+        "base_model_name_or_path": description.base_name,
+        "base_revision": description.base_revision,
+        "experts": [
+            {"name": name, "state": state, "frozen": name in description.frozen}
+            for name, state in description.states.items()
+        ],
+        "config": kept,
+    }
+
+
+def _parse(fields: dict[str, Any], file: Path) -> Description:
+    version = fields.get("format_version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file}: format_version is {version!r}; not a mixture's configuration.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the newest this version of dylora-moe "
+            "reads; upgrade dylora-moe."
+        )
+    try:
+        experts = {entry["name"]: entry for entry in fields["experts"]}
+        states = {name: entry["state"] for name, entry in experts.items()}
+        config = MoELoraConfig(**fields["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe a mixture: {type(error).__name__} {error}.") from error
+    if list(states) != config.expert_names or any(state not in (NEW, ROUTED) for state in states.values()):
+        raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
+    if ROUTED not in states.values():
+        raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
+    frozen = {name for name, entry in experts.items() if entry.get("frozen")}
+    base, revision = fields.get("base_model_name_or_path"), fields.get("base_revision")
+    return Description(config, states, frozen, str(base) if base else None, revision or None)

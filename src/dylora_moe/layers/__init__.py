@@ -1,0 +1,1 @@
+"""Applying: stock PEFT layers that mix their experts by what is in force. Knows no router."""

@@ -1,0 +1,289 @@
+"""The hooks that route every pass through the base, whoever starts it.
+
+`generate`, TRL and pipelines call the inner model, so everything begins in the decoder's pre-hook: a decision that the
+caller made, or that the prompt did, is put in force there; else the router reads the input of layer k on the way up
+(one pass), or what `first_pass` finds there (experts below k), and decides. Deciding makes one value (`routing`),
+applying puts one value in force (`layers`); when the pass is over the bare base is back.
+
+Shapes: B batch, S sequence, D hidden, E experts, n router outputs, k router layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import repeat_rows
+from ..base.placement import Placement
+from ..config import MoELoraConfig
+from ..experts.expert_set import ExpertSet
+from ..layers.fold import fold, unfold
+from ..layers.in_force import Generation, Holder, InForce
+from ..layers.recompute import keep_routing_in_checkpoints
+from ..layers.routed import check_not_bypassed
+from ..routing.call import Call
+from ..routing.decision import Decision, Rows, decide, one_hot_weights
+from ..routing.granularity import GRANULARITIES
+from ..routing.policies import Policy
+from ..routing.records import RouterRecord
+from ..routing.router import Router
+from ..routing.trace import RoutingTrace
+from ..sharding import is_sharded
+from .first_pass import first_pass, is_filled
+
+BARE = InForce(forced=())
+"""The bare base."""
+
+
+class PassHooks:
+    """Decides what every pass of one mixture uses, and puts it in force.
+
+    The hooks are methods of an object, so that a deep copy of a mixture has hooks with the copy's own state.
+
+    Args:
+        mixture: whose `training` tells how to route.
+        base: the causal language model that it wraps.
+        placement: where the decoder layers of `base` are.
+        router_layer: k; the number of layers for `"last"`.
+        config: the mixture's, which may change between passes.
+        router, experts, holder: its parts.
+
+    Attributes:
+        call: the `forward` or `generate` that runs, if any.
+        forced: what passes are forced to that say nothing themselves, or None.
+        needs_first_pass: whether an expert sits below the router's layer, or the router reads the final state.
+        adapts_head: whether an expert sits behind the decoder, on the language-model head.
+        trace, records: what listens, if anybody.
+    """
+
+    def __init__(
+        self,
+        mixture: nn.Module,
+        base: nn.Module,
+        placement: Placement,
+        router_layer: int,
+        config: MoELoraConfig,
+        router: Router,
+        experts: ExpertSet,
+        holder: Holder,
+    ):
+        self.mixture, self.base, self.placement, self.router_layer = mixture, base, placement, router_layer
+        self.config, self.router, self.experts, self.holder = config, router, experts, holder
+        self.call: Call | None = None
+        self.forced: str | None = None
+        self.needs_first_pass = self.adapts_head = False
+        self.trace: RoutingTrace | None = None
+        self.records: list[RouterRecord] | None = None
+        self._pass: tuple[Call, Rows] | None = None  # the one that runs
+        self._waiting = False  # for the router to read the input of layer k
+        self._inside_base = False
+        decoder = placement.decoder(base)
+        self._handles = [
+            base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            base.register_forward_hook(self._after_base, always_call=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
+        if router_layer < placement.num_layers:
+            layer = placement.layers(base)[router_layer]
+            self._handles.append(layer.register_forward_pre_hook(self._before_router_layer, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def policy(self) -> Policy:
+        """How scores become weights now; it follows the configuration and `train()`/`eval()`."""
+        return self.config.policy_for(self.mixture.training, self.experts.masked)
+
+    @contextmanager
+    def calling(self, call: Call, generation: Generation | None = None) -> Iterator[None]:
+        """The passes within the block belong to `call`; afterwards everything is as it was."""
+        with self.holder.lock.turn():
+            outer, around = self.call, self.holder.generation
+            if around is not None:
+                unfold(self.holder, around)  # it folds again at its next pass
+                around = None if outer is None else around  # an interrupt left it behind
+            self.call, self.holder.generation = call, generation
+            try:
+                if call.fold and self._compiled:
+                    self._fold_ahead(call)
+                yield
+            finally:
+                self.call, self._pass = outer, None
+                self.holder.rest()
+                if generation is not None:
+                    unfold(self.holder, generation)
+                self.holder.generation = around
+
+    # ------------------------------------------------------------------ the hooks
+
+    def _before_base(self, base: nn.Module, args: Any, kwargs: dict) -> None:
+        if self.adapts_head and isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                "logits_to_keep as a tensor picks positions that an expert on the language-model head cannot tell; "
+                "pass a number (the last so many), or select from the full logits."
+            )
+        self._inside_base = True
+
+    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
+        self._inside_base = False
+        self.holder.rest()
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            kwargs = {**inspect.signature(type(decoder).forward).bind(decoder, *args).arguments, **kwargs}
+            kwargs.pop("self", None)
+        call = Call(experts=self.forced) if self.call is None else self.call
+        ids = kwargs.get("input_ids")
+        batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
+        rows = call.rows(batch, length, kwargs.get("attention_mask"), self.experts.names)
+        self._pass, self._waiting, call.decision = (call, rows), False, None
+        self.holder.put(BARE)  # whatever runs before the router has read is the bare base
+        self._prepare(decoder)
+        if self.experts.disabled:
+            return (), kwargs
+        decision = self._made_before(call, rows, kwargs)
+        if decision is not None:
+            self._apply(decision)
+        elif not self.needs_first_pass:
+            self._waiting = True
+        else:
+            keep = not GRANULARITIES[self.config.granularity].per_sequence
+            where = (self.base, self.placement, self.router_layer)
+            kwargs, hidden = first_pass(*where, kwargs, keep, self.mixture.training)
+            self._apply(self._read(hidden))
+        return (), kwargs
+
+    def _before_router_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._apply(self._read(args[0] if args else kwargs["hidden_states"]))
+
+    def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        running, self._pass = self._pass, None
+        self._waiting = False
+        if self.trace is not None and running is not None and running[0].decision is not None:
+            self.trace.record(running[0].decision)
+        if not self._inside_base:  # else the language-model head may carry experts, too
+            self.holder.rest()
+
+    # ------------------------------------------------------------------ deciding
+
+    def _made_before(self, call: Call, rows: Rows, kwargs: dict) -> Decision | None:
+        """The decision that the caller made, or that the prompt did; None if the router has to read."""
+        if call.weights is not None:
+            return Decision(rows, repeat_rows(call.weights, rows.batch))
+        if torch.compiler.is_compiling() and call.one_hot is not None:  # one graph for every forced expert
+            weights = repeat_rows(call.one_hot, rows.batch)
+            return Decision(rows, weights, weights.argmax(-1, keepdim=True))
+        if rows.forced:
+            if self.experts.touch_all and torch.is_grad_enabled():
+                return None
+            return Decision(rows, self._one_hot(rows))
+        if call.held is not None:
+            return self._decide(repeat_rows(call.held, rows.batch), rows)
+        if GRANULARITIES[self.config.granularity].per_sequence and is_filled(kwargs.get("past_key_values")):
+            raise ValueError(
+                "sequence granularity decides on the prompt, which is in the cache already: generate with "
+                "model.generate, or pass routing_weights=output.routing_weights[:, -1] of the prompt's pass."
+            )
+        return None
+
+    def _read(self, hidden: Tensor) -> Decision:
+        """Score `hidden [B, S, D]` and decide."""
+        assert self._pass is not None
+        call, rows = self._pass
+        hidden = hidden.detach()
+        first = next(self.router.parameters())
+        if not is_sharded(first):  # else FSDP places it; a base over several devices moves the layer's input after us
+            hidden = hidden.to(first.device)
+        scores = self.router(hidden)
+        if rows.forced:  # where processes share parameters in shards, all must touch the router and every expert
+            return Decision(rows, self._one_hot(rows).to(scores.device) + scores.sum() * 0)
+        granularity, deciding = GRANULARITIES[self.config.granularity], None
+        if granularity.per_sequence:
+            deciding = call.prompt_tokens(rows, scores.device)
+        scores = granularity.aggregate(scores, deciding)
+        if granularity.per_sequence:
+            call.held = scores
+        if self.records is not None and self.mixture.training:
+            self.records.append(RouterRecord(hidden, deciding, rows.routed_mask(hidden.device), granularity))
+        return self._decide(scores, rows)
+
+    def _decide(self, scores: Tensor, rows: Rows) -> Decision:
+        return decide(scores, rows, self.policy, len(self.experts.names))
+
+    def _one_hot(self, rows: Rows) -> Tensor:
+        device = next(self.router.parameters()).device
+        return one_hot_weights(rows.columns or (), len(self.experts.names), device)
+
+    # ------------------------------------------------------------------ applying
+
+    def _apply(self, decision: Decision) -> None:
+        """Put a decision in force."""
+        assert self._pass is not None
+        call, rows = self._pass
+        call.decision = decision
+        self.holder.put(self._in_force(decision))
+        generation = self.holder.generation
+        # a graph must not swap weights: what it would keep aside is not what was there
+        if call.fold and generation is not None and not generation.folded and not torch.compiler.is_compiling():
+            fold(self.base, self.holder, generation, tuple(self.experts.names), decision.weights[0, 0])
+
+    def _in_force(self, decision: Decision) -> InForce:
+        names, weights, rows = tuple(self.experts.names), decision.weights, decision.rows
+        how = {"form": self.config.mixing_form, "recompute_shrink": self.config.recompute_shrink}
+        touched = self.experts.touch_all and torch.is_grad_enabled()
+        if not rows.forced or touched:
+            return InForce(names, weights, decision.active, **how)
+        used = sorted({column for column in rows.columns or () if column is not None and column >= 0})
+        if len(set(rows.columns or ())) == 1:
+            return InForce(forced=tuple(names[column] for column in used))
+        # unused experts must get no gradient, not a zero one
+        return InForce(tuple(names[column] for column in used), weights[..., used], **how)
+
+    # ------------------------------------------------------------------ what surrounds a pass
+
+    def _prepare(self, decoder: nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            return
+        generation = self.holder.generation
+        if generation is not None and self.call is None:  # an interrupt left it behind
+            unfold(self.holder, generation)
+            self.holder.generation = generation = None
+        if generation is None or not generation.folded:
+            check_not_bypassed(self.holder)
+        if self.mixture.training:
+            keep_routing_in_checkpoints(decoder, self.holder)
+            _undo_input_require_grads(self.base)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.base._compiled_call_impl is not None
+
+    def _fold_ahead(self, call: Call) -> None:
+        """Fold a mixture that is known before the first pass, for a base whose passes are compiled."""
+        weights = call.one_hot if call.weights is None else call.weights
+        generation = self.holder.generation
+        if weights is not None and generation is not None:
+            fold(self.base, self.holder, generation, tuple(self.experts.names), weights[0, 0])
+
+
+def _undo_input_require_grads(base: Any) -> None:
+    """Backward must stop at layer k, so the embeddings' output must not require gradients.
+
+    transformers forgets the hooks of all calls of `enable_input_require_grads` but the last.
+    """
+    base.disable_input_require_grads()
+    hooks = base.get_input_embeddings()._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+            del hooks[key]

@@ -1,0 +1,1 @@
+"""Deciding: how much each expert contributes to each token. Knows no layer."""

@@ -1,0 +1,35 @@
+"""What a trainer keeps of the router's passes, to score them again over a whole optimizer step.
+
+Shapes: B batch, S sequence, D hidden, n router outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .granularity import Granularity
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """The frozen input of one scored pass.
+
+    Attributes:
+        hidden: `[B, S, D]`, detached.
+        deciding: `[B, S]` bool, where the granularity routes whole sequences.
+        mask: `[B, S]` bool of the tokens that count, or None for all.
+        granularity: of the pass.
+    """
+
+    hidden: Tensor
+    deciding: Tensor | None
+    mask: Tensor | None
+    granularity: Granularity
+
+    def score(self, router: nn.Module) -> Tensor:
+        """Router scores `[tokens, n]` of the tokens that count."""
+        scores = self.granularity.aggregate(router(self.hidden), self.deciding)
+        scores = scores.expand(-1, self.hidden.shape[1], -1)
+        return scores.flatten(0, 1) if self.mask is None else scores[self.mask]
