@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from .mixing import FORMS
+from .mixing import FORM_NAMES
 from .routing import BALANCE_LOSSES
 
 ROUTER_TYPES = ("mlp", "linear")
@@ -151,7 +151,7 @@ class MoELoraConfig(LoraConfig):
         _check_choice("router_type", self.router_type, ROUTER_TYPES)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("balance_loss", self.balance_loss, (*BALANCE_LOSSES, "none"))
-        _check_choice("mixing_form", self.mixing_form, FORMS)
+        _check_choice("mixing_form", self.mixing_form, FORM_NAMES)
         if not (_is_int(self.router_hidden_size) and self.router_hidden_size > 0):
             raise ValueError(f"router_hidden_size={self.router_hidden_size!r}: a positive integer is needed.")
         if not (_is_finite(self.temperature) and self.temperature > 0):

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import check_mixable
 from .holder import Routing
-from .mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, reference_mixture
+from .mixing import FORMS, choose, reference_mixture
 from .mixing.member import LayerExperts, Member, lay_side_by_side, remember
 from .recompute import keep_routing_in_checkpoints
 from .request import check_weights, input_shape
@@ -190,13 +190,12 @@ def mix_group(group: Group, x: Tensor, routing: Routing) -> Tensor:
     form, lasting = remember(keep, key, lambda: form_of(routing, members, flat, leading[0]))
     if not lasting:
         keep = None
-    if form == "gathered":
-        outputs = gathered_mixture(flat, weights, members, cast(int, routing.active), keep, memo)
-    elif form == "grouped":
+    indices = None
+    if form != "dense":
         active = cast(int, routing.active)
-        outputs = grouped_mixture(flat, weights, members, active, routing.recompute_shrink, keep, memo)
-    else:
-        outputs = dense_mixture(flat, weights, members, routing.recompute_shrink, keep, memo)
+        indices = remember(memo, "indices", lambda: weights.detach().topk(active, dim=-1, sorted=False).indices)
+    recompute = routing.recompute_shrink
+    outputs = FORMS[form](flat, weights, members, indices, recompute=recompute, packed=keep, memo=memo)
     if members[0].weight is None:
         outputs[0] = layers[0].base_layer(x).flatten(0, -2) + outputs[0]
     if biased:
@@ -215,7 +214,7 @@ def form_of(routing: Routing, members: list[Member], flat: Tensor, rows: int) ->
     """
     count, active = len(routing.names), routing.active
     form = choose(routing.form, flat, members, count, active)
-    return form, form == choose(routing.form, flat[:rows], members, count, active)
+    return form, form == choose(routing.form, flat, members, count, active, tokens=rows)
 
 
 def with_lora_bias(layer: Any, member: Member, y: Tensor, weights: Tensor) -> Tensor:
