@@ -57,25 +57,6 @@ def test_dense_kernels_against_float64(layer, T, dtype):
     assert torch.equal(kernels.expand_(y.clone(), Hw, B), kernels.expand(y, Hw, B))
 
 
-@pytest.mark.parametrize("T", [1, 4, 33])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_gathered_kernels_against_float64(layer, T):
-    (D, O), E, K, R = LAYERS[layer], 64, 2, 5 if layer == "odd" else 16
-    indices = torch.rand(T, E, device="cuda").argsort(-1)[:, :K]
-    check(
-        lambda x, A, gates: kernels.gathered_shrink(x, A, indices, gates),
-        lambda x, A, gates: torch.einsum("td,tkrd->tkr", x, A[indices]) * gates[..., None],
-        TOLERANCE[torch.bfloat16],
-        *(normal(T, D), normal(E, R, D, scale=D**-0.5), torch.rand(T, K, device="cuda").bfloat16()),
-    )
-    check(
-        lambda y, Hw, B: kernels.gathered_expand(y, Hw, B, indices),
-        lambda y, Hw, B: y + torch.einsum("tkr,tkro->to", Hw, B[indices]),
-        TOLERANCE[torch.bfloat16],
-        *(normal(T, O), normal(T, K, R), normal(E, R, O, scale=R**-0.5)),
-    )
-
-
 def test_more_elements_than_int32_counts():
     T, O = 2**16, 2**15 + 64
     y, Hw, B = torch.zeros(T, O, dtype=torch.bfloat16, device="cuda"), normal(T, 16), normal(O, 16)
@@ -126,26 +107,20 @@ def capture(step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def test_decoding_step_in_a_cuda_graph_follows_new_inputs_and_another_choice():
-    x, _, _, _, _ = inputs = layer_inputs(1)
-    indices, gates = torch.tensor([[3, 5]], device="cuda"), normal(1, 2)
-    A, B = normal(8, 16, 512, scale=512**-0.5), normal(8, 16, 768)
-    dense, sparse = torch.empty(1, 768, device="cuda").bfloat16(), torch.empty(1, 768, device="cuda").bfloat16()
+def test_decoding_step_in_a_cuda_graph_follows_new_inputs():
+    x, *_ = inputs = layer_inputs(1)
+    y = torch.empty(1, 768, device="cuda").bfloat16()
 
     @torch.no_grad()
     def step() -> None:
-        dense.copy_(adapted_layer(*inputs))
-        y = F.linear(x, inputs[1])
-        sparse.copy_(kernels.gathered_expand_(y, kernels.gathered_shrink(x, A, indices, gates), B, indices))
+        y.copy_(adapted_layer(*inputs))
 
     graph = capture(step)
     x.copy_(normal(1, 512))
-    indices.copy_(torch.tensor([[7, 0]], device="cuda"))
     graph.replay()
-    replayed = dense.clone(), sparse.clone()
+    replayed = y.clone()
     step()
-    assert torch.equal(replayed[0], dense)
-    assert torch.equal(replayed[1], sparse)
+    assert torch.equal(replayed, y)
 
 
 def test_a_mixture_on_the_gpu_equals_the_reference_loop():

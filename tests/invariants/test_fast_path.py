@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dylora_moe.mixing import dense_mixture
-from dylora_moe.mixing.member import LayerExperts, Member, dropout_mask
+from dylora_moe.mixing.member import dropout_mask
 from oracle import Loop
 from tiny import EXPERTS, difference, routed_layer
 
@@ -180,24 +179,6 @@ def test_without_gradients_and_in_inference_mode():
                 assert difference(layer(x), expected) <= TOLERANCE
                 assert difference(layer(x), expected) <= TOLERANCE  # from the packed matrices
         assert packed is None or len(packed) == 1
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("ranks", [(2, 2), (3, 1, 2)])
-def test_gradcheck(fused, ranks):
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-    scalings = (0.5, 2.0, 1.0)[: len(ranks)]
-    experts = LayerExperts(columns=tuple(range(len(ranks)))[::-1], ranks=ranks, scalings=scalings)
-    weight, bias = (torch.randn(5, 4).double(), torch.randn(5).double()) if fused else (None, None)
-    factors = [leaf(r, 4) for r in ranks] + [leaf(5, r) for r in ranks]
-
-    def function(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
-        member = Member(experts, weight, bias, factors[: len(ranks)], factors[len(ranks) :])
-        return dense_mixture(x, weights, [member])[0]
-
-    assert torch.autograd.gradcheck(function, (leaf(3, 4), leaf(3, len(ranks)), *factors))
 
 
 @settings(max_examples=60)

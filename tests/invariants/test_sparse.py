@@ -8,14 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from dylora_moe import DyLoraMoE, MoELoraConfig, routing
-from dylora_moe.benchmark.counts import FLOP_FORMULAS
-from dylora_moe.mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, sparse
-from dylora_moe.mixing.member import LayerExperts, Member, side_by_side
+from dylora_moe import DyLoraMoE, MoELoraConfig, mixing, routing
+from dylora_moe.mixing.member import side_by_side
 from oracle import Loop
 from tiny import difference, routed_layer
 from tinybase import tiny_base
@@ -56,9 +51,8 @@ def compare(layer: Any, form: str, x: Tensor, logits: Tensor, active: int, toler
 
 def counted(monkeypatch, form: str) -> list[int]:
     """How often the form runs, so that no other one answers in its place."""
-    calls, module = [], __import__("dylora_moe.layers", fromlist=["layers"])
-    real = getattr(module, f"{form}_mixture")
-    monkeypatch.setattr(module, f"{form}_mixture", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], mixing.FORMS[form]
+    monkeypatch.setitem(mixing.FORMS, form, lambda *a, **kwargs: calls.append(1) or real(*a, **kwargs))
     return calls
 
 
@@ -122,22 +116,6 @@ def test_layers_of_width_one_in_float32(sizes):
     compare(layer, "grouped", torch.randn(1, 5, sizes[0]), torch.randn(1, 5, 3), active=2, tolerance=1e-5)
 
 
-@torch.no_grad()
-def test_sparse_checks_and_another_default_device_do_no_harm():
-    x, member = members()
-    weights = routing.top_k(torch.randn(len(x), 8), 2)
-    expected = dense_mixture(x, weights, [member])[0]
-    sparse._silence_sparse_layouts.cache_clear()
-    torch.sparse.check_sparse_tensor_invariants.enable()
-    torch.set_default_device("meta")  # as a user with a GPU sets it, with this model on the CPU
-    try:
-        found = gathered_mixture(x, weights, [member], 2)[0]
-    finally:
-        torch.set_default_device(None)
-        torch.sparse.check_sparse_tensor_invariants.disable()
-    assert difference(found, expected) <= 2e-6
-
-
 def test_shared_parameters_stay_where_other_processes_look():
     model = DyLoraMoE.from_base(tiny_base(), MoELoraConfig(num_experts=3, r=4, router_layer=1))
     model.share_memory()
@@ -184,78 +162,6 @@ def test_dropout_keeps_the_expected_value(form):
     first = layer(x.expand(1, 64, 8))
     torch.manual_seed(1)
     assert torch.equal(first, layer(x.expand(1, 64, 8)))
-
-
-def members(experts: int = 8, rank: int = 16, width: int = 64) -> tuple[Tensor, Member]:
-    A, B = torch.randn(experts, rank, width), torch.randn(experts, width, rank)
-    own = LayerExperts(tuple(range(experts)), (rank,) * experts, (2.0,) * experts)
-    return torch.randn(experts, width), Member(own, torch.randn(width, width), None, list(A), list(B))
-
-
-@torch.no_grad()
-def test_matrices_side_by_side_are_not_copied():
-    _, member = members()
-    for tensors, shape in ((member.lora_A, (16, 64)), (member.lora_B, (64, 16))):
-        view = sparse.stacked(tensors, *shape, torch.float32)
-        assert view.data_ptr() == tensors[0].data_ptr()
-        assert torch.equal(view, torch.stack(list(tensors)))
-        shuffled = [tensors[1], tensors[0], *tensors[2:]]
-        assert torch.equal(sparse.stacked(shuffled, *shape, torch.float32), torch.stack(shuffled))
-
-
-@pytest.mark.parametrize(("form", "mixture"), [("grouped", grouped_mixture), ("gathered", gathered_mixture)])
-def test_experts_outside_the_best_cost_no_flops(form, mixture):
-    x, member = members()
-    counts = {}
-    for experts in (4, 8):
-        own = member.experts
-        some = member._replace(
-            experts=LayerExperts(own.columns[:experts], own.ranks[:experts], own.scalings[:experts]),
-            lora_A=member.lora_A[:experts],
-            lora_B=member.lora_B[:experts],
-        )
-        weights = routing.top_k(torch.randn(len(x), experts), 2)
-        counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
-        with torch.no_grad(), counter:
-            mixture(x, weights, [some], 2)
-        counts[experts] = counter.get_total_flops()
-    floor = 2 * len(x) * (64 * 64 + 2 * 2 * 16 * 64)
-    assert counts[4] == counts[8] == floor
-
-
-def test_the_choice_follows_from_shapes():
-    _, member = members(experts=64)
-    x = torch.randn(512, 64)
-    assert choose("auto", x, [member], 64, None) == "dense"
-    assert choose("auto", x, [member], 64, 64) == "dense"
-    assert choose("auto", x[:1], [member], 64, 2) == "gathered"
-    assert choose("auto", x, [member], 64, 2) == "grouped"
-    with torch.no_grad():  # where the gathered form copies nothing
-        assert choose("auto", x, [member], 64, 2) == "gathered"
-        assert choose("auto", x, [member], 64, 64 // 2) == "dense"
-        assert choose("auto", x.bfloat16(), [member], 64, 2) == "grouped"
-    some = member._replace(experts=member.experts._replace(columns=(*range(63), 70)))
-    assert choose("grouped", x, [some], 64, 2) == "dense"  # an expert that the layer lacks
-
-
-@torch.no_grad()
-def test_without_gradients_no_matrix_is_copied_per_token():
-    """No matrix of `[T·K, R, D]` or `[T·K, O, R]`: nothing larger than the experts' own matrices is allocated."""
-    x, member = members(experts=8, rank=16, width=64)
-    x = x.repeat(64, 1)
-    weights = routing.top_k(torch.randn(len(x), 8), 2)
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided)
-            return out
-
-    with Sizes():
-        found = gathered_mixture(x, weights, [member], 2)
-    assert max(sizes) <= len(x) * 64  # of x and y; T·K copies would be 32 times that
-    assert difference(found[0], dense_mixture(x, weights, [member])[0]) <= 2e-6
 
 
 def test_the_matrices_of_a_mixture_lie_side_by_side():

@@ -46,7 +46,7 @@ def cells(results: Mapping[str, Any], against: tuple[str, ...] = ()) -> tuple[li
         results: of `run`.
         against: keys of variants to which the times are compared as well.
     """
-    from .measure import ratio
+    from .timing import ratio
 
     columns = dict(COLUMNS)
     rows = {row["key"]: row for row in results["rows"]}

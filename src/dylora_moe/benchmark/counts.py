@@ -203,12 +203,7 @@ def peak_bytes(runner: Runner) -> int:
     """
     if runner_device(runner).type == "cuda":
         with runner.in_force():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            runner.step()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
+            return peak_on_gpu(runner.step)
     with (
         runner.in_force(),
         _quiet(),
@@ -223,6 +218,16 @@ def peak_bytes(runner: Runner) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def peak_on_gpu(step: Callable[[], Any]) -> int:
+    """The most bytes that `step` holds on the current GPU beyond what was held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager

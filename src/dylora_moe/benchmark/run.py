@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import counts, measure
+from . import counts, timing
 from .machine import describe
 from .models import Models
 from .settings import Settings
@@ -102,15 +102,25 @@ def add_times(settings: Settings, made: list[Runner], rows: list[dict[str, Any]]
     """Time the variants and write the results into their rows."""
     repeats = settings.repeats or (0 if settings.work.startswith("linear") else 1)
     tell = lambda done, of: progress(f"round {done} of {of}")  # noqa: E731
-    times = measure.interleaved(made, settings.rounds, settings.warmup, settings.seed, repeats, tell)
+    by_key = {runner.key: runner for runner in made}
+    times = timing.interleaved(
+        {key: runner.step for key, runner in by_key.items()},
+        settings.rounds,
+        settings.warmup,
+        seed=settings.seed,
+        repeats=repeats,
+        device=settings.device,
+        around=lambda key: by_key[key].in_force(),
+        progress=tell,
+    )
     tokens = tokens_of(settings)
     for row in rows:
         seconds = times[row["key"]]
-        middle = measure.bootstrap(seconds, settings.seed)
+        middle = timing.bootstrap(seconds, settings.seed)
         row["seconds"] = seconds
         row["tokens_per_second"] = tokens / middle.median
         if "base" in times:
-            row["ratio"] = list(measure.ratio(seconds, times["base"], settings.seed))
+            row["ratio"] = list(timing.ratio(seconds, times["base"], settings.seed))
 
 
 def tokens_of(settings: Settings) -> int:

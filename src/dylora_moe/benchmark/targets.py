@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .measure import Interval, ratio
 from .settings import Settings
+from .timing import Interval, ratio
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 PEERS = ("base", "base-again", "peft", "peft-wide", "loop", "passes", "xlora")

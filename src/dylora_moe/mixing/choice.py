@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gathered import gathers_in_place
+from .grouped import aligned
 from .member import Member, compute_dtype, on_eager_cpu
-from .sparse import aligned, gathers_in_place
-
-FORMS = ("auto", "dense", "grouped", "gathered", "reference")
 
 
 class Crossovers(NamedTuple):
@@ -38,6 +37,15 @@ class Crossovers(NamedTuple):
     grouped_ratio: float
     grouped_tokens: int
 
+    def fastest(self, tokens: int, num_experts: int, active: int, in_place: bool) -> str:
+        """The form for so many tokens, experts and active ones; `in_place`: gathered copies nothing."""
+        if tokens * active * self.gathered_copies <= num_experts:
+            return "gathered"
+        ratio = num_experts / active
+        if in_place:
+            return "gathered" if ratio >= self.gathered_ratio and tokens >= self.gathered_tokens else "dense"
+        return "grouped" if ratio >= self.grouped_ratio and tokens >= self.grouped_tokens else "dense"
+
 
 @cache
 def crossovers(device: str) -> Crossovers:
@@ -46,15 +54,18 @@ def crossovers(device: str) -> Crossovers:
     return Crossovers(**table.get(device, table["cpu"])["crossovers"])
 
 
-def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, active: int | None) -> str:
-    """The form for `x [T, D]`: what `form` asks for if it is exact here, else "dense".
+def choose(
+    form: str, x: Tensor, members: Sequence[Member], num_experts: int, active: int | None, tokens: int | None = None
+) -> str:
+    """The name of the form for `x [T, D]`: what `form` asks for if it is exact here, else "dense".
 
     Args:
-        form: one of `FORMS` but "reference".
+        form: one of `FORM_NAMES` but "reference".
         x: the input.
         members: the layers that it feeds.
         num_experts: E, the columns of the routing weights.
         active: K, if the weights are known to hold no more than so many entries per token that are not zero.
+        tokens: choose as if x had so many rows.
     """
     if form == "dense" or active is None or active >= num_experts:
         return "dense"
@@ -67,9 +78,6 @@ def choose(form: str, x: Tensor, members: Sequence[Member], num_experts: int, ac
         return "dense"  # all that torch's grouped_mm takes there
     if form == "grouped":
         return "grouped"
-    at, tokens, ratio = crossovers(x.device.type), x.shape[0], num_experts / active
-    if tokens * active * at.gathered_copies <= num_experts:
-        return "gathered"
-    if gathers_in_place(x):
-        return "gathered" if ratio >= at.gathered_ratio and tokens >= at.gathered_tokens else "dense"
-    return "grouped" if aligned(x, members) and ratio >= at.grouped_ratio and tokens >= at.grouped_tokens else "dense"
+    rows = x.shape[0] if tokens is None else tokens
+    fastest = crossovers(x.device.type).fastest(rows, num_experts, active, gathers_in_place(x))
+    return "dense" if fastest == "grouped" and not aligned(x, members) else fastest

@@ -40,20 +40,13 @@ def dense_mixture(
     x: Tensor,
     weights: Tensor,
     members: Sequence[Member],
+    indices: Tensor | None = None,
+    *,
     recompute: bool = False,
     packed: dict[Hashable, Any] | None = None,
     memo: dict[Hashable, Any] | None = None,
 ) -> list[Tensor]:
-    """`x Wᵀ + b + Σ_e w_e s_e (x A_eᵀ) B_eᵀ` of every member, `[T, O]` each.
-
-    Args:
-        x: `[T, D]`.
-        weights: `[T, E]`, any float dtype; receives its gradient.
-        members: the layers fed by x. Dropout is the first's: one mask for all.
-        recompute: compute H again in the backward pass instead of keeping it.
-        packed: keeps these members' concatenated matrices, by dtype, for calls without gradients.
-        memo: keeps what depends on the weights alone, for the layers of one pass without gradients.
-    """
+    """A `Form` that computes every expert for every token and needs no `indices`."""
     dtype, dropout = compute_dtype(x), members[0].experts.dropout
     experts = tuple(m.experts for m in members)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

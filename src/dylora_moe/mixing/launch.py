@@ -1,6 +1,6 @@
 """Launching the Triton kernels: tile sizes by shape, grids, and what has no element.
 
-Shapes: T tokens, D in, O out, E experts, R rows of A (ΣR, or the rank of one expert), K experts per token.
+Shapes: T tokens, D in, O out, R rows of A, the sum of the experts' ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_PROGRAMS = 128  # about as many as a large GPU has multiprocessors (A100 108, H100 132)
+PROGRAMS = 128  # about as many as a large GPU has multiprocessors (A100 108, H100 132)
 
 
 class Blocks(NamedTuple):
@@ -25,11 +25,15 @@ class Blocks(NamedTuple):
     split: int = 1
     warps: int = 4
 
+    def chunk(self, D: int) -> int:
+        """Columns of D that one part of the split sums: a multiple of `inner`."""
+        return -(-D // (self.split * self.inner)) * self.inner
+
 
 def shrink_blocks(T: int, D: int, R: int, bits: int) -> Blocks:
     """Tiles of `shrink` by shape and bits of the dtype.
 
-    Few tokens make few tiles: D is then split so that about `_PROGRAMS` programs read A, each at least 256 columns.
+    Few tokens make few tiles: D is then split so that about `PROGRAMS` programs read A, each at least 256 columns.
 
         tokens    tile T × R × D (16-bit)   why
         1-16      16 × 16 × 256             A is read once, by many programs
@@ -44,28 +48,19 @@ def shrink_blocks(T: int, D: int, R: int, bits: int) -> Blocks:
         tokens, columns, inner = 64, _power(R, 16, 128), 64
     if bits == 32:  # the same bytes of shared memory
         inner //= 2
-    split = _split(-(-T // tokens) * -(-R // columns), D)
+    tiles = -(-T // tokens) * -(-R // columns)
+    split = max(1, min(PROGRAMS // max(tiles, 1), -(-D // 256)))
     return Blocks(tokens, columns, min(inner, _power(D, 16, inner)), split, warps=8 if tokens * columns >= 8192 else 4)
 
 
 def expand_blocks(T: int, O: int, R: int, bits: int) -> Blocks:
-    """Tiles of `expand`: wide ones for many tokens; for a few, small enough to make about `_PROGRAMS` programs."""
+    """Tiles of `expand`: wide ones for many tokens; for a few, small enough to make about `PROGRAMS` programs."""
     inner = _power(R, 16, 64 if bits == 16 else 32)
     if T <= 16:
         return Blocks(16, 32 if O > 2048 else 16, inner)
     if T <= 256:
         return Blocks(32, 64, inner)
     return Blocks(128, 128, inner, warps=8)
-
-
-def gathered_blocks(rows: int, D: int, R: int) -> Blocks:
-    """Tiles of `gathered_shrink`, one of `rows` = T·K at a time."""
-    columns = _power(R, 1, 16)
-    return Blocks(1, columns, min(256, _power(D, 16, 256)), _split(rows * -(-R // columns), D))
-
-
-def _split(tiles: int, D: int) -> int:
-    return max(1, min(_PROGRAMS // max(tiles, 1), -(-D // 256)))
 
 
 def _power(size: int, low: int, high: int) -> int:
@@ -90,17 +85,20 @@ def shrink(x: Tensor, A: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     if T * R == 0 or D == 0:
         return H.zero_(), Hw.zero_()
     blocks = shrink_blocks(T, D, R, 8 * x.element_size())
-    partial = _partial(x, blocks, T, R)
+    partial = x.new_empty(blocks.split if blocks.split > 1 else 0, T, R, dtype=torch.float32)
     grid = (-(-T // blocks.tokens), -(-R // blocks.columns), blocks.split)
     with _on(x):
         _code().shrink_kernel[grid](
-            x, A, gates, H, Hw, partial, T, D, R, _chunk(D, blocks),
+            x, A, gates, H, Hw, partial, T, D, R, blocks.chunk(D),
             *x.stride(), *A.stride(), *gates.stride(),
             SPLIT=blocks.split, BLOCK_T=blocks.tokens, BLOCK_R=blocks.columns, BLOCK_D=blocks.inner,
             num_warps=blocks.warps, num_stages=3,
         )  # fmt: skip
         if blocks.split > 1:
-            _sum_parts(partial, gates.stride(), gates, H, Hw, T, R, blocks)
+            block = 256
+            _code().sum_parts_kernel[(-(-T * R // block),)](
+                partial, gates, H, Hw, T, R, *gates.stride(), SPLIT=blocks.split, BLOCK=block
+            )
     return H, Hw
 
 
@@ -116,58 +114,6 @@ def expand(y: Tensor, Hw: Tensor, B: Tensor, out: Tensor) -> Tensor:
             BLOCK_T=blocks.tokens, BLOCK_O=blocks.columns, BLOCK_R=blocks.inner, num_warps=blocks.warps,
         )  # fmt: skip
     return out
-
-
-def gathered_shrink(x: Tensor, A: Tensor, indices: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    (T, D), (E, R, _), K = x.shape, A.shape, indices.shape[1]
-    fit = A.shape == (E, R, D) and indices.shape == gates.shape == (T, K) and A.dtype == x.dtype
-    _check(fit, "gathered_shrink", x, A, indices, gates)
-    H, Hw = x.new_empty(T, K, R), x.new_empty(T, K, R)
-    if T * K * R == 0 or D == 0:
-        return H.zero_(), Hw.zero_()
-    blocks = gathered_blocks(T * K, D, R)
-    partial = _partial(x, blocks, T * K, R)
-    with _on(x):
-        _code().gathered_shrink_kernel[T * K, -(-R // blocks.columns), blocks.split](
-            x, A, indices, gates, H, Hw, partial, T, D, R, K, _chunk(D, blocks),
-            *x.stride(), *A.stride(), *indices.stride(), *gates.stride(),
-            SPLIT=blocks.split, BLOCK_R=blocks.columns, BLOCK_D=blocks.inner,
-        )  # fmt: skip
-        if blocks.split > 1:
-            _sum_parts(partial, (1, 0), gates.contiguous(), H, Hw, T * K, R, blocks)
-    return H, Hw
-
-
-def gathered_expand(y: Tensor, Hw: Tensor, B: Tensor, indices: Tensor, out: Tensor) -> Tensor:
-    (T, O), (_, K, R) = y.shape, Hw.shape
-    fit = Hw.shape == (T, K, R) and B.shape[1:] == (R, O) and indices.shape == (T, K) and Hw.dtype == B.dtype
-    _check(fit, "gathered_expand", y, Hw, B, indices)
-    if T * O == 0 or K * R == 0:
-        return out if out is y else out.copy_(y)
-    columns = 32 if T * O <= 32 * _PROGRAMS else 128
-    with _on(y):
-        _code().gathered_expand_kernel[T, -(-O // columns)](
-            y, Hw, B, indices, out, O, R, K,
-            *y.stride(), *Hw.stride(), *B.stride(), *indices.stride(), *out.stride(),
-            BLOCK_O=columns, BLOCK_R=_power(R, 1, 32),
-        )  # fmt: skip
-    return out
-
-
-def _partial(x: Tensor, blocks: Blocks, rows: int, R: int) -> Tensor:
-    return x.new_empty(blocks.split if blocks.split > 1 else 0, rows, R, dtype=torch.float32)
-
-
-def _chunk(D: int, blocks: Blocks) -> int:
-    """Columns of D that one part of the split sums: a multiple of the block."""
-    return -(-D // (blocks.split * blocks.inner)) * blocks.inner
-
-
-def _sum_parts(partial: Tensor, strides: Any, gates: Tensor, H: Tensor, Hw: Tensor, rows: int, R: int, blocks: Blocks):
-    block = 256
-    _code().sum_parts_kernel[(-(-rows * R // block),)](
-        partial, gates, H, Hw, rows, R, *strides, SPLIT=blocks.split, BLOCK=block
-    )
 
 
 def _check(fit: bool, name: str, *tensors: Tensor) -> None:

@@ -139,6 +139,19 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(sizes) // size,), (1,))
 
 
+def pair_gates(weights: Tensor, indices: Tensor, scalings: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """`(w · s)` of each token's active experts `indices [T, K]` in `dtype`, where column and expert are one: `[T, K]`.
+
+    Args:
+        weights: `[T, E]`.
+        indices: int64.
+        scalings: of `LayerExperts.scaling_row`.
+        dtype: of the computation.
+    """
+    gates = weights.gather(1, indices).to(torch.promote_types(weights.dtype, dtype))
+    return (gates * (scalings[indices] if isinstance(scalings, Tensor) else scalings)).to(dtype)
+
+
 def on_eager_cpu(x: Tensor) -> bool:
     """Whether `x` is a plain tensor on a CPU, neither fake nor traced by a compiler."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
 """Triton code of the mixture's kernels; `kernels.py` launches it, and imports it only where triton is installed.
 
-Every kernel accumulates in float32, takes any strides and masks ragged edges. Shapes: T tokens, D in, O out, R rows
-(ΣR of the experts, or the rank of one), K experts per token. `slice_t`, `slice_r`, … are the positions that a program
-owns; positions are int64, since T · O may exceed what int32 counts.
+Every kernel accumulates in float32, takes any strides and masks ragged edges. Shapes: T tokens, D in, O out, R the sum
+of the experts' ranks. `slice_t`, `slice_r`, … are the positions that a program owns; positions are int64, since T · O
+may exceed what int32 counts.
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -78,59 +78,3 @@ def expand_kernel(
     base = tl.load(y + slice_t[:, None] * y_t + slice_o[None, :] * y_o, mask=inside, other=0.0)
     sums += base.to(tl.float32)
     tl.store(out + slice_t[:, None] * out_t + slice_o[None, :] * out_o, sums.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def gathered_shrink_kernel(
-    x, A, indices, gates, H, Hw, partial, T, D, R, K, chunk,
-    x_t, x_d, A_e, A_r, A_d, indices_t, indices_k, gates_t, gates_k,
-    SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """H[t, k] = A[indices[t, k]] · x[t] and Hw = H · gates[t, k]; `partial [s, T·K, R]` as in `shrink_kernel`."""
-    row = tl.program_id(0).to(tl.int64)
-    t, k = row // K, row % K
-    slice_r = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    part = tl.program_id(2)
-    in_r = slice_r < R
-    expert = tl.load(indices + t * indices_t + k * indices_k).to(tl.int64)
-    A_rows = A + expert * A_e + slice_r[:, None] * A_r
-    sums = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    stop = tl.minimum((part + 1) * chunk, D)
-    for start in range(part * chunk, stop, BLOCK_D):
-        slice_d = start + tl.arange(0, BLOCK_D)
-        x_part = tl.load(x + t * x_t + slice_d * x_d, mask=slice_d < stop, other=0.0)
-        A_tile = tl.load(A_rows + slice_d[None, :] * A_d, mask=in_r[:, None] & (slice_d[None, :] < stop), other=0.0)
-        sums += tl.sum(A_tile.to(tl.float32) * x_part.to(tl.float32)[None, :], axis=1)
-    place = row * R + slice_r
-    if SPLIT > 1:
-        tl.store(partial + part.to(tl.int64) * T * K * R + place, sums, mask=in_r)
-    else:
-        gate = tl.load(gates + t * gates_t + k * gates_k).to(tl.float32)
-        tl.store(H + place, sums.to(H.dtype.element_ty), mask=in_r)
-        tl.store(Hw + place, (sums * gate).to(Hw.dtype.element_ty), mask=in_r)
-
-
-@triton.jit
-def gathered_expand_kernel(
-    y, Hw, B, indices, out, O, R, K,
-    y_t, y_o, Hw_t, Hw_k, Hw_r, B_e, B_r, B_o, indices_t, indices_k, out_t, out_o,
-    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """out[t] = y[t] + Σ_k Hw[t, k] · B[indices[t, k]]; `out` may be `y`."""
-    t = tl.program_id(0).to(tl.int64)
-    slice_o = (tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    in_o = slice_o < O
-    sums = tl.load(y + t * y_t + slice_o * y_o, mask=in_o, other=0.0).to(tl.float32)
-    for k in range(K):
-        expert = tl.load(indices + t * indices_t + k * indices_k).to(tl.int64)
-        for start in range(0, R, BLOCK_R):
-            slice_r = start + tl.arange(0, BLOCK_R)
-            in_r = slice_r < R
-            h = tl.load(Hw + t * Hw_t + k * Hw_k + slice_r * Hw_r, mask=in_r, other=0.0).to(tl.float32)
-            B_tile = tl.load(
-                B + expert * B_e + slice_r[:, None] * B_r + slice_o[None, :] * B_o,
-                mask=in_r[:, None] & in_o[None, :],
-                other=0.0,
-            )
-            sums += tl.sum(B_tile.to(tl.float32) * h[:, None], axis=0)
-    tl.store(out + t * out_t + slice_o * out_o, sums.to(out.dtype.element_ty), mask=in_o)

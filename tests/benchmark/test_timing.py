@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from dylora_moe.benchmark.measure import bootstrap, interleaved, orders, ratio
+from dylora_moe.benchmark.timing import bootstrap, interleaved, orders, ratio
 from dylora_moe.benchmark.work import Runner
 
 

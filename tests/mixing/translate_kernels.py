@@ -1,4 +1,4 @@
-"""Translate every kernel for real GPUs without having one; `test_kernels.py` runs this file.
+"""Translate every kernel for real GPUs without having one; `test_triton_code.py` runs this file.
 
 Prints the bytes of shared memory, and ends with an error if a kernel does not translate or does not fit.
 """
@@ -17,7 +17,7 @@ from dylora_moe.mixing import launch, triton_code
 TARGETS = (80, "bf16", 16), (90, "bf16", 16), (90, "fp32", 32)
 """Compute capability, dtype and its bits."""
 SHARED = 99 * 1024  # bytes that one program may have where there is least: compute capability 8.6 and 8.9
-POINTERS = {"x", "A", "gates", "H", "Hw", "partial", "y", "B", "out", "indices"}
+POINTERS = {"x", "A", "gates", "H", "Hw", "partial", "y", "B", "out"}
 
 
 def translate(kernel: Any, capability: int, dtype: str, tiles: dict[str, int], **options: int) -> int:
@@ -27,9 +27,9 @@ def translate(kernel: Any, capability: int, dtype: str, tiles: dict[str, int], *
         if name in tiles:
             signature[name] = "constexpr"
         elif name in POINTERS:
-            kind = {"indices": "i64", "partial": "fp32"}.get(name, dtype)
+            kind = "fp32" if name == "partial" else dtype
             signature[name], multiples[position,] = f"*{kind}", [["tt.divisibility", 16]]
-        elif name in {"x_d", "A_d", "Hw_r", "B_r", "y_o", "out_o", "gates_r", "gates_k", "indices_k"}:
+        elif name in {"x_d", "A_d", "Hw_r", "B_r", "y_o", "out_o", "gates_r"}:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
@@ -56,10 +56,6 @@ def cases(bits: int) -> list[tuple[Any, dict[str, int], dict[str, int]]]:
     tiles = {"SPLIT": 1, "BLOCK_T": b.tokens, "BLOCK_R": b.columns, "BLOCK_D": b.inner}
     found.append((triton_code.shrink_kernel, tiles, {"num_warps": b.warps, "num_stages": 3}))
     found.append((triton_code.sum_parts_kernel, {"SPLIT": 16, "BLOCK": 256}, {}))
-    for split in (1, 16):
-        tiles = {"SPLIT": split, "BLOCK_R": 16, "BLOCK_D": 256}
-        found.append((triton_code.gathered_shrink_kernel, tiles, {}))
-    found.append((triton_code.gathered_expand_kernel, {"BLOCK_O": 32, "BLOCK_R": 16}, {}))
     return found
 
 
