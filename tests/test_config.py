@@ -160,7 +160,7 @@ def test_new_experts_adapt_every_linear_layer_from_the_router_upwards(architectu
     base = tiny_base(architecture)
     placed = DyLoraMoE.from_base(base, MoELoraConfig(num_experts=1, r=2, target_modules="all-linear"))
     linear = {"llama": 7, "qwen2": 7, "gemma2": 7, "gpt2": 4, "opt": 6}[architecture]
-    by_layer = [placed.placement.layer_of(layer.routing_name) for layer in placed._layers]
+    by_layer = [placed.placement.layer_of(layer.routing_name) for layer in placed.routed_layers]
     assert {layer: by_layer.count(layer) for layer in by_layer} == {1: linear, 2: linear, 3: linear}
     assert placed.router_layer == 1
     assert placed.passes_per_step == 1.0

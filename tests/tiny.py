@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from dylora_moe import DyLoraMoE, MoELoraConfig, enable_routing
+from dylora_moe.layers.in_force import InForce
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "opt", "gemma2")
 VOCAB, LAYERS, WIDTH = 61, 4, 16
@@ -178,7 +179,7 @@ class OneLayer(nn.Module):
 
 
 def routed_layer(base: nn.Module, experts: dict[str, dict[str, Any]] = EXPERTS, train: bool = False) -> Any:
-    """One routed layer around `base`: its holder is `routing`, its configurations by expert `peft_configs`."""
+    """One routed layer around `base`: its holder is `holder`, its configurations by expert `peft_configs`."""
     common = {"target_modules": ["proj"], "init_lora_weights": False}
     configs = {name: LoraConfig(**common, **settings) for name, settings in experts.items()}
     first, *others = configs
@@ -189,6 +190,13 @@ def routed_layer(base: nn.Module, experts: dict[str, dict[str, Any]] = EXPERTS, 
     layer = enable_routing(model).train(train).base_model.model.proj
     layer.peft_configs = configs
     return layer
+
+
+def mix(layer: Any, names: Any, weights: Tensor, active: int | None = None, **how: Any) -> None:
+    """Put `weights [B, S or 1, E]` in force, of which only the `active` largest per token may not be zero."""
+    few = active is not None and active < weights.shape[-1]
+    indices = weights.detach().topk(active, dim=-1, sorted=False).indices if few else None
+    layer.holder.put(InForce(tuple(names), weights, indices, **how))
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> Tensor:

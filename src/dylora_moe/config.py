@@ -56,7 +56,7 @@ class MoELoraConfig(LoraConfig):
         temperature: the logits are divided by it before the softmax.
         top_k: experts kept per token in evaluation; default 2, or all if fewer.
         train_top_k: experts kept per token in training; default all (dense).
-        policy: how the router's scores become weights, of `routing.policies.POLICIES`: `"top_k"`, softmax over the best.
+        policy: how the router's scores become weights, of `POLICIES`: `"top_k"`, softmax over the best.
         balance_loss: `"uniform_mse"`, `"switch"` (Switch Transformer, arXiv 2101.03961, eq. 4) or `"none"`.
         balance_coefficient: weight of the balance loss in `aux_loss`.
         z_loss_coefficient: weight of mean(logsumexp(logits)²) in `aux_loss` (ST-MoE, arXiv 2202.08906, eq. 5).

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dylora_moe.layers.in_force import Generation
 from dylora_moe.mixing.member import dropout_mask
 from oracle import Loop
-from tiny import EXPERTS, difference, routed_layer
+from tiny import EXPERTS, difference, mix, routed_layer
 
 TOLERANCE = 1e-12
 
@@ -60,7 +61,7 @@ def compare(layer: Any, x: Tensor, weights: Tensor, dy: Tensor | None = None, to
     loop = loop_of(layer)
     xs = [x.detach().requires_grad_() for _ in range(2)]
     ws = [weights.detach().clone().requires_grad_() for _ in range(2)]
-    layer.routing.mix(tuple(loop.names), ws[0])
+    mix(layer, tuple(loop.names), ws[0])
     found = layer(xs[0])
     loop.weights = ws[1].expand(*x.shape[:-1], -1)
     expected = loop(xs[1])
@@ -127,9 +128,9 @@ def test_one_token_and_none(leading):
 
 def test_flattened_tokens():
     layer, (x, weights) = routed_layer(nn.Linear(7, 5)).double(), inputs(2, 3)
-    layer.routing.mix(tuple(EXPERTS), weights)
+    mix(layer, tuple(EXPERTS), weights)
     assert difference(layer(x.flatten(0, 1)), layer(x).flatten(0, 1)) <= TOLERANCE
-    layer.routing.mix(tuple(EXPERTS), weights[:, :1])  # one row of weights per sequence
+    mix(layer, tuple(EXPERTS), weights[:, :1])  # one row of weights per sequence
     assert difference(layer(x.flatten(0, 1)), layer(x).flatten(0, 1)) <= TOLERANCE
 
 
@@ -170,15 +171,14 @@ def test_parts_of_an_expert_frozen():
 def test_without_gradients_and_in_inference_mode():
     layer = routed_layer(nn.Linear(7, 5)).double()
     x, weights = inputs(2, 3)
-    layer.routing.mix(tuple(EXPERTS), weights)
+    mix(layer, tuple(EXPERTS), weights)
     expected = layer(x)
-    for packed in (None, {}):
-        layer.routing.packed = packed
+    for layer.holder.generation in (None, Generation()):
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 assert difference(layer(x), expected) <= TOLERANCE
                 assert difference(layer(x), expected) <= TOLERANCE  # from the packed matrices
-        assert packed is None or len(packed) == 1
+        assert layer.holder.generation is None or len(layer.holder.generation.packed) == 1
 
 
 @settings(max_examples=60)
@@ -208,7 +208,7 @@ def test_dropout_is_one_mask_shared_by_the_experts(kind):
     layer = routed_layer(BASES[kind](), {n: {**e, "lora_dropout": p} for n, e in EXPERTS.items()}, train=True).double()
     x, weights = inputs(4, 6)
     xs, ws = [x.clone().requires_grad_() for _ in range(2)], [weights.clone().requires_grad_() for _ in range(2)]
-    layer.routing.mix(tuple(EXPERTS), ws[0])
+    mix(layer, tuple(EXPERTS), ws[0])
     torch.manual_seed(5)
     found = layer(xs[0])
     torch.manual_seed(5)
@@ -233,7 +233,7 @@ def test_dropout_is_one_mask_shared_by_the_experts(kind):
 def test_dropout_masks_differ_between_calls_and_follow_the_seed():
     layer = routed_layer(nn.Linear(7, 5), {"red": {"r": 2, "lora_dropout": 0.5}}, train=True)
     x, weights = torch.randn(2, 9, 7), torch.ones(2, 9, 1)
-    layer.routing.mix(("red",), weights)
+    mix(layer, ("red",), weights)
     torch.manual_seed(1)
     first, second = layer(x), layer(x)
     torch.manual_seed(1)
@@ -248,7 +248,7 @@ def test_dropout_keeps_the_expected_value(grad):
     experts = {name: {**e, "lora_dropout": 0.5} for name, e in EXPERTS.items()}
     layer = routed_layer(nn.Linear(7, 5), experts, train=True).double()
     x, weights = inputs(1, 1)
-    layer.routing.mix(tuple(EXPERTS), weights)
+    mix(layer, tuple(EXPERTS), weights)
     with torch.set_grad_enabled(grad):
         mean = layer(x.expand(1, 20000, 7)).mean(1, keepdim=True)
         expected = layer.eval()(x)

@@ -9,27 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dylora_moe import DyLoraMoE, MoELoraConfig, mixing, routing
+from dylora_moe import DyLoraMoE, MoELoraConfig, mixing
+from dylora_moe.layers.in_force import Generation
 from dylora_moe.mixing.member import side_by_side
+from dylora_moe.routing.policies import top_k
 from oracle import Loop
-from tiny import difference, routed_layer
+from tiny import difference, mix, routed_layer
 from tinybase import tiny_base
 
 FORMS = ("grouped", "gathered")
 TOLERANCE = 1e-12
 
 
-def compare(layer: Any, form: str, x: Tensor, logits: Tensor, active: int, tolerance: float = TOLERANCE) -> None:
+def compare(
+    layer: Any, form: str, x: Tensor, logits: Tensor, active: int, tolerance: float = TOLERANCE, **how: Any
+) -> None:
     """Outputs and the gradients of x, of the logits and of every parameter are those of the loop."""
     names = tuple(layer.peft_configs)
     loop = Loop(layer, copy.deepcopy(layer.base_layer), layer.peft_configs)
     loop.names = list(names)
     xs = [x.detach().requires_grad_() for _ in range(2)]
     leaves = [logits.detach().requires_grad_() for _ in range(2)]
-    layer.routing.form = form
-    layer.routing.mix(names, routing.top_k(leaves[0], active), active=active)
+    mix(layer, names, top_k(leaves[0], active), active=active, form=form, **how)
     found = layer(xs[0])
-    loop.weights = routing.top_k(leaves[1], active).expand(*x.shape[:-1], -1)
+    loop.weights = top_k(leaves[1], active).expand(*x.shape[:-1], -1)
     expected = loop(xs[1])
     dy = torch.randn_like(expected)
     for y in (found, expected):
@@ -42,11 +45,11 @@ def compare(layer: Any, form: str, x: Tensor, logits: Tensor, active: int, toler
         for name, parameter in getattr(loop, theirs).named_parameters():
             assert difference(parameters[f"{ours}.{name}"].grad, parameter.grad) <= tolerance, name
     with torch.no_grad():
-        layer.routing.mix(names, routing.top_k(logits, active), active=active)
-        for layer.routing.packed in (None, {}):
+        mix(layer, names, top_k(logits, active), active=active, form=form, **how)
+        for layer.holder.generation in (None, Generation()):
             assert difference(layer(x), expected) <= tolerance
             assert difference(layer(x), expected) <= tolerance
-    layer.routing.packed = None
+    layer.holder.generation = None
 
 
 def counted(monkeypatch, form: str) -> list[int]:
@@ -70,10 +73,9 @@ def test_random_shapes(form, tokens, sizes, ranks, data, bias, recompute):
     torch.manual_seed(data.draw(st.integers(0, 99)))
     experts = {f"e{i}": {"r": r, "lora_alpha": 1 + 2 * i, "lora_bias": bias} for i, r in enumerate(ranks)}
     layer = routed_layer(nn.Linear(*sizes, bias=bias), experts).double()
-    layer.routing.recompute_shrink = recompute
     logits = torch.randn(1, tokens, len(ranks), dtype=torch.float64)
     x = torch.randn(1, tokens, sizes[0], dtype=torch.float64)
-    compare(layer, form, x, logits, data.draw(st.integers(1, len(ranks) - 1)))
+    compare(layer, form, x, logits, data.draw(st.integers(1, len(ranks) - 1)), recompute_shrink=recompute)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -97,15 +99,15 @@ def test_float32_non_contiguous_and_experts_without_a_token(form):
 def test_scalings_of_a_float64_layer_are_not_rounded_to_the_weights_dtype(form):
     experts = {name: {"r": 4, "lora_alpha": alpha} for name, alpha in (("a", 1 / 3), ("b", 0.7), ("c", 0.1))}
     layer = routed_layer(nn.Linear(16, 8), experts).double()
-    weights = routing.top_k(torch.randn(1, 5, 3), 2)
+    weights = top_k(torch.randn(1, 5, 3), 2)
     results = {}
-    for layer.routing.form in ("reference", form):
+    for name in ("reference", form):
         x = torch.linspace(-1, 1, 80, dtype=torch.float64).view(1, 5, 16).requires_grad_()
-        layer.routing.mix(tuple(experts), weights, active=2)
+        mix(layer, experts, weights, active=2, form=name)
         y = layer(x)
-        results[layer.routing.form] = [y, *torch.autograd.grad(y.sum(), x)]
+        results[name] = [y, *torch.autograd.grad(y.sum(), x)]
         with torch.no_grad():
-            results[layer.routing.form].append(layer(x))
+            results[name].append(layer(x))
     for found, expected in zip(results[form], results["reference"], strict=True):
         assert difference(found, expected) <= TOLERANCE
 
@@ -134,11 +136,10 @@ def test_autocast(form):
     names, x, logits = tuple(layer.peft_configs), torch.randn(2, 9, 64), torch.randn(2, 9, 4)
     results = {}
     for name in ("reference", form):
-        layer.routing.form = name
         leaf, given_x = logits.clone().requires_grad_(), x.clone().requires_grad_()
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            layer.routing.mix(names, routing.top_k(leaf, 2), active=2)
+            mix(layer, names, top_k(leaf, 2), active=2, form=name)
             y = layer(given_x)
         y.float().square().mean().backward()
         grads = [p.grad for p in layer.parameters() if p.grad is not None]
@@ -152,9 +153,8 @@ def test_autocast(form):
 def test_dropout_keeps_the_expected_value(form):
     experts = {f"e{i}": {"r": 4, "lora_dropout": 0.5} for i in range(4)}
     layer = routed_layer(nn.Linear(8, 4), experts, train=True)
-    layer.routing.form = form
-    x, weights = torch.randn(1, 1, 8), routing.top_k(torch.randn(1, 1, 4), 2)
-    layer.routing.mix(tuple(experts), weights, active=2)
+    x, weights = torch.randn(1, 1, 8), top_k(torch.randn(1, 1, 4), 2)
+    mix(layer, experts, weights, active=2, form=form)
     mean = layer(x.expand(1, 20000, 8)).mean(1, keepdim=True)
     assert difference(mean, layer.eval()(x)) < 0.05
     layer.train()
@@ -167,7 +167,7 @@ def test_dropout_keeps_the_expected_value(form):
 def test_the_matrices_of_a_mixture_lie_side_by_side():
     config = MoELoraConfig(num_experts=4, r=4, init_lora_weights=False, router_layer=1)
     model = DyLoraMoE.from_base(tiny_base(), config)
-    layer = model._layers[0]
+    layer = model.routed_layers[0]
     before = {name: t.clone() for name, t in model.state_dict().items()}
     for change in (lambda: None, lambda: model.double().float(), lambda: model.remove_expert("expert_1")):
         change()
@@ -202,8 +202,7 @@ def test_the_whole_model_in_every_form():
 def test_layers_of_another_leading_shape_share_nothing_of_a_pass(form):
     """In one pass as many tokens, but other ones: the whole row, and the last positions of it with two inputs."""
     layer = routed_layer(nn.Linear(8, 4), {f"e{i}": {"r": 4} for i in range(4)}).double()
-    x, weights = torch.randn(1, 4, 8).double(), routing.top_k(torch.randn(1, 4, 4).double(), 2)
-    layer.routing.form = form
-    layer.routing.mix(tuple(layer.peft_configs), weights, active=2)
+    x, weights = torch.randn(1, 4, 8).double(), top_k(torch.randn(1, 4, 4).double(), 2)
+    mix(layer, layer.peft_configs, weights, active=2, form=form)
     whole, last = layer(x), layer(x[:, 2:].repeat(2, 1, 1))
     assert difference(last, whole[:, 2:].repeat(2, 1, 1)) <= TOLERANCE

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dylora_moe import routing
 from dylora_moe.benchmark.counts import FLOP_FORMULAS
 from dylora_moe.config import MoELoraConfig
 from dylora_moe.mixing import FORM_NAMES, FORMS, Form
 from dylora_moe.mixing.member import LayerExperts, Member
+from dylora_moe.routing.policies import top_k
 from tiny import difference
 
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_of_a_group_are_the_loop_s(form, recompute):
     members = group()
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
-    weights = routing.top_k(logits, 2)
+    weights = top_k(logits, 2)
     indices = weights.detach().topk(2).indices.flip(-1)  # in any order
     found = FORMS[form](x, weights, members, indices, recompute=recompute)
     expected = [loop(x, weights, member) for member in members]
@@ -92,7 +92,7 @@ def test_outputs_and_gradients_of_a_group_are_the_loop_s(form, recompute):
 def test_a_chosen_expert_of_weight_zero_adds_nothing(form):
     """`indices` may name more than the weights use: a top-k of which one weight vanished."""
     members, x = group(), torch.randn(3, 7).double()
-    weights = routing.top_k(torch.randn(3, 5).double(), 1)
+    weights = top_k(torch.randn(3, 5).double(), 1)
     indices = weights.topk(3).indices
     for one, member in zip(FORMS[form](x, weights, members, indices), members, strict=True):
         assert difference(one, loop(x, weights, member)) <= TOLERANCE
@@ -109,7 +109,7 @@ def test_experts_that_are_not_active_cost_no_flops(form, member):
             lora_A=layer.lora_A[:experts],
             lora_B=layer.lora_B[:experts],
         )
-        weights = routing.top_k(torch.randn(len(x), experts), 2)
+        weights = top_k(torch.randn(len(x), experts), 2)
         counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
         with torch.no_grad(), counter:
             FORMS[form](x, weights, [some], weights.topk(2).indices)

@@ -7,16 +7,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dylora_moe import routing
 from dylora_moe.mixing import gathered
 from dylora_moe.mixing.dense import dense_mixture
 from dylora_moe.mixing.gathered import gathered_mixture
+from dylora_moe.routing.policies import top_k
 from tiny import difference
 
 
 def chosen(tokens: int, experts: int) -> tuple[Tensor, Tensor]:
     """Top-2 weights and their columns."""
-    weights = routing.top_k(torch.randn(tokens, experts), 2)
+    weights = top_k(torch.randn(tokens, experts), 2)
     return weights, weights.topk(2).indices
 
 

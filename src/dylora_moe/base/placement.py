@@ -17,7 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import stock_lora
+from dylora_moe.config import stock_lora
 
 BEFORE_THE_LAYERS = -1
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dylora_moe.layers.in_force import Generation, InForce
 
 from .kinds import Kind
 from .models import Models, mixing_form
@@ -36,7 +39,7 @@ def linear_runner(settings: Settings, models: Models, key: str, kind: Kind, expe
     if training:
         x.requires_grad_()
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    wanted += [part for part in state or () if isinstance(part, Tensor) and part.requires_grad]
+    wanted += [state.weights] if state is not None and state.weights.requires_grad else []
 
     def forward() -> Tensor:
         with torch.set_grad_enabled(training):
@@ -54,37 +57,34 @@ def linear_runner(settings: Settings, models: Models, key: str, kind: Kind, expe
         model=model,
         forward=forward,
         step=forward_and_backward if training else forward,
-        in_force=lambda: _in_force(model, kind, state, token),
+        in_force=lambda: _in_force(model, state, token),
         sections=[layer],
         layers=[layer],
     )
 
 
-def routing_state(model: Any, layer: Any, ids: Tensor, form: str) -> Any:
+def routing_state(model: Any, layer: Any, ids: Tensor, form: str) -> InForce:
     """What is in force at `layer` when the model sees `ids`; its weights are a leaf that may receive a gradient."""
     seen: list[Any] = []
-    handle = layer.register_forward_pre_hook(lambda *_: seen.append(model.routing.state()))
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(model.holder.now))
     try:
         with torch.no_grad(), mixing_form(model, form):
             model(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
-    leaf: Callable[[Any], Any] = lambda part: (  # noqa: E731
-        part.detach().requires_grad_(model.training) if isinstance(part, Tensor) and part.is_floating_point() else part
-    )
-    return tuple(map(leaf, seen[0]))
+    now = seen[0].again()
+    return now if now.weights is None else replace(now, weights=now.weights.detach().requires_grad_(model.training))
 
 
 @contextmanager
-def _in_force(model: Any, kind: Kind, state: Any, token: bool) -> Iterator[None]:
+def _in_force(model: Any, state: InForce | None, token: bool) -> Iterator[None]:
     if state is None:
         yield
         return
-    holder = model.routing
-    with mixing_form(model, kind.form), holder.restored(state, None):
-        if token:  # as within `generate`
-            holder.packed = {}
+    holder = model.holder
+    with holder.restored(state.again(), None):
+        holder.generation = Generation() if token else None  # as within `generate`
         try:
             yield
         finally:
-            holder.packed = None
+            holder.generation = None

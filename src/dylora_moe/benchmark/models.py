@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
-from dylora_moe.embedded import resolve_base
-from dylora_moe.placement import Placement
+from dylora_moe.base.embedded import resolve_base
+from dylora_moe.base.placement import Placement
 
 from .settings import SHAPES, SMOLLM2, Settings, Shape
 
@@ -179,13 +179,12 @@ def share(base: Any) -> Any:
 @contextmanager
 def mixing_form(model: Any, form: str) -> Iterator[None]:
     """Compute the mixture in `form` within the block."""
-    config, holder = model.moe_config, model.routing
-    before = config.mixing_form, holder.form
-    config.mixing_form = holder.form = form  # a single layer is called without a pass of the model
+    config = model.moe_config
+    before, config.mixing_form = config.mixing_form, form
     try:
         yield
     finally:
-        config.mixing_form, holder.form = before
+        config.mixing_form = before
 
 
 def _begin_gradients(module: nn.Module, args: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dylora_moe import routing
+from dylora_moe.routing.policies import dense
 
 from .kinds import KINDS, Kind
 from .models import Models, Unavailable, mixing_form
@@ -214,7 +214,7 @@ class _MixedPasses:
     def _mixed(self, ids: Tensor, arguments: list[dict[str, Any]]) -> Tensor:
         with torch.no_grad():
             embedded = self.model.get_input_embeddings()(ids)
-        weights = routing.dense(self.model.router(embedded), self.model.moe_config.temperature)
+        weights = dense(self.model.router(embedded), self.model.moe_config.temperature)
         mixed: Tensor | float = 0.0
         for i, name in enumerate(self.model.expert_names):
             output = self.model(input_ids=ids, experts=name, **arguments[i])

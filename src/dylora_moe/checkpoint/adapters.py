@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import check_mixable
-from ..experts.tensors import layer_tensors
+from dylora_moe.config import check_mixable
+from dylora_moe.experts.tensors import layer_tensors
+
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..reports import ParameterReport
+from dylora_moe.reports import ParameterReport
+
 from .mixture import MixtureState
 
 _TEMPLATE = """---

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..version import __version__
-from ..config import MoELoraConfig
-from ..experts.expert_set import NEW, ROUTED
-from ..routing.router import Router
+from dylora_moe.config import MoELoraConfig
+from dylora_moe.experts.expert_set import NEW, ROUTED
+from dylora_moe.routing.router import Router
+from dylora_moe.version import __version__
+
 from .adapters import Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 
@@ -34,7 +35,7 @@ CONFIG_FILE = "moe_config.json"
 ROUTER_FILE = "router.safetensors"
 CARD_FILE = "README.md"
 LATER_FIELDS = {"policy": "top_k"}
-"""Fields that came after the first release, left out where they have this value, so that older versions read the file."""
+"""Fields that came later; left out where they have this value, so that older versions read the file."""
 
 
 class Description(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..base.placement import Placement
-from ..layers.in_force import RoutedLayers
-from ..sharding import shard_like
+from dylora_moe.base.placement import Placement
+from dylora_moe.layers.in_force import RoutedLayers
+from dylora_moe.sharding import shard_like
+
 from .tensors import ExpertTensor, layer_tensors
 
 NEW, ROUTED = "new", "routed"

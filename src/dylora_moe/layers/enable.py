@@ -14,7 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from ..arguments import check_weights, input_shape
+from dylora_moe.arguments import check_weights, input_shape
+
 from .in_force import Generation, Holder, InForce
 from .recompute import keep_routing_in_checkpoints
 from .routed import route_layers

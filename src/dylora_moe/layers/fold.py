@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mixing.member import Member
+from dylora_moe.mixing.member import Member
+
 from .groups import member_of
 from .in_force import Generation, Holder
 

@@ -13,8 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mixing import FORMS, choose
-from ..mixing.member import LayerExperts, Member, lay_side_by_side, remember
+from dylora_moe.mixing import FORMS, choose
+from dylora_moe.mixing.member import LayerExperts, Member, lay_side_by_side, remember
+
 from .in_force import Generation, InForce, RoutedLayers
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))

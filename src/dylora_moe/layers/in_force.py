@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixing.align import align_weights
+from dylora_moe.mixing.align import align_weights
+
 from .lock import CallLock
 
 

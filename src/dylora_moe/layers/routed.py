@@ -16,8 +16,9 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..config import check_mixable
-from ..mixing import reference_mixture
+from dylora_moe.config import check_mixable
+from dylora_moe.mixing import reference_mixture
+
 from .groups import Group, carried, group_of, mix_group, siblings_of
 from .in_force import Holder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..base.placement import Placement
+from dylora_moe.base.placement import Placement
 
 
 def first_pass(

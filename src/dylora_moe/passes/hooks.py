@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import repeat_rows
-from ..base.placement import Placement
-from ..config import MoELoraConfig
-from ..experts.expert_set import ExpertSet
-from ..layers.fold import fold, unfold
-from ..layers.in_force import Generation, Holder, InForce
-from ..layers.recompute import keep_routing_in_checkpoints
-from ..layers.routed import check_not_bypassed
-from ..routing.call import Call
-from ..routing.decision import Decision, Rows, decide, one_hot_weights
-from ..routing.granularity import GRANULARITIES
-from ..routing.policies import Policy
-from ..routing.records import RouterRecord
-from ..routing.router import Router
-from ..routing.trace import RoutingTrace
-from ..sharding import is_sharded
+from dylora_moe.arguments import repeat_rows
+from dylora_moe.base.placement import Placement
+from dylora_moe.config import MoELoraConfig
+from dylora_moe.experts.expert_set import ExpertSet
+from dylora_moe.layers.fold import fold, unfold
+from dylora_moe.layers.in_force import Generation, Holder, InForce
+from dylora_moe.layers.recompute import keep_routing_in_checkpoints
+from dylora_moe.layers.routed import check_not_bypassed
+from dylora_moe.routing.call import Call
+from dylora_moe.routing.decision import Decision, Rows, decide, one_hot_weights
+from dylora_moe.routing.granularity import GRANULARITIES
+from dylora_moe.routing.policies import Policy
+from dylora_moe.routing.records import RouterRecord
+from dylora_moe.routing.router import Router
+from dylora_moe.routing.trace import RoutingTrace
+from dylora_moe.sharding import is_sharded
+
 from .first_pass import first_pass, is_filled
 
 BARE = InForce(forced=())
@@ -230,7 +231,7 @@ class PassHooks:
     def _apply(self, decision: Decision) -> None:
         """Put a decision in force."""
         assert self._pass is not None
-        call, rows = self._pass
+        call, _ = self._pass
         call.decision = decision
         self.holder.put(self._in_force(decision))
         generation = self.holder.generation

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import BASE, repeat_rows
+from dylora_moe.arguments import BASE, repeat_rows
+
 from .decision import Decision, Rows
 from .granularity import Granularity
 
@@ -93,7 +94,6 @@ class Call:
                 )
             return prompt & before
         return prompt
-
 
     def check_foldable(self, batch: int | None, granularity: Granularity) -> None:
         """Raise `ValueError` where routing changes from token to token or from row to row."""

@@ -85,9 +85,7 @@ def decide(scores: Tensor, rows: Rows, policy: Policy, num_experts: int) -> Deci
     return Decision(rows, weights, kept, *every)
 
 
-def one_hot_weights(
-    columns: Sequence[int | None], num_experts: int, device: torch.device | None = None
-) -> Tensor:
+def one_hot_weights(columns: Sequence[int | None], num_experts: int, device: torch.device | None = None) -> Tensor:
     """`[B, 1, E]` weights that give row b wholly to expert `columns[b]`, or to none where it is -1 or None."""
     weights = torch.zeros(len(columns), 1, num_experts, device=device)
     for row, column in enumerate(columns):

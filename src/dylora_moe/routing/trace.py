@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import BASE
+from dylora_moe.arguments import BASE
+
 from .decision import Decision
 from .losses import entropy
 

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dylora_moe.base.embedded import resolve_base
 from dylora_moe.checkpoint import CONFIG_FILE
-from dylora_moe.embedded import resolve_base
-from dylora_moe.files import CheckpointError, local_folder, read_json
+from dylora_moe.checkpoint.files import CheckpointError, local_folder, read_json
 from dylora_moe.model import DyLoraMoE
 
 from .recipe import Recipe

@@ -25,7 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
-from dylora_moe.files import read_json
+from dylora_moe.checkpoint.files import read_json
 from dylora_moe.sharding import reshard, shard_like
 
 from .distributed import greatest

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dylora_moe.passes import RouterRecord
+from dylora_moe.routing.records import RouterRecord
 
 DOMAIN = "domain"
 

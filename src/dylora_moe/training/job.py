@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from dylora_moe.checkpoint.files import CheckpointError
 from dylora_moe.evaluation.held_out import by_domain
-from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 
 from .arguments import trainer_arguments

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, exact_match
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.trace import RoutingTrace
+from dylora_moe.routing.trace import RoutingTrace
 
 from .data import Example
 from .recipe import Recipe

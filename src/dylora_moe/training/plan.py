@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
-from dylora_moe.embedded import resolve_base
-from dylora_moe.trace import ParameterReport
+from dylora_moe.base.embedded import resolve_base
+from dylora_moe.reports import ParameterReport
 
 from .build import base_name, build_mixture
 from .collator import DOMAIN

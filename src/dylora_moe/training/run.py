@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dylora_moe.checkpoint.files import CheckpointError, read_json
 from dylora_moe.colours import BASE, expert_colours
 from dylora_moe.display import TITLES
-from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.plots import Stage
 
 from .run_folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE

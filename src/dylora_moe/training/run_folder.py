@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adapter
-from dylora_moe.files import CheckpointError, read_json
+from dylora_moe.checkpoint.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore

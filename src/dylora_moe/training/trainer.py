@@ -20,9 +20,9 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from dylora_moe import routing
-from dylora_moe.files import CheckpointError
+from dylora_moe.checkpoint.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.passes import RouterRecord
+from dylora_moe.routing.records import RouterRecord
 from dylora_moe.sharding import gather
 
 from .callbacks import StarvedExperts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.benchmark.counts import peak_on_gpu
 from dylora_moe.benchmark.timing import FAILURES, Step, captured, compare, interleaved
+from dylora_moe.layers.in_force import Generation
 from dylora_moe.mixing import kernels
+from dylora_moe.routing.call import Call
 
 from .setting import ACTIVE, EXPERTS, MANY, Setting
 
@@ -191,6 +193,7 @@ def decoding(setting: Setting, deadline: float) -> dict[str, Any]:
     prompt, room = setting.sizes["prompt"] // 4, 64
     ids = setting.ids(1, prompt)
     caches: list[Any] = []
+    kept: list[Generation] = []
 
     def rewind() -> None:
         for cache in caches:
@@ -201,17 +204,16 @@ def decoding(setting: Setting, deadline: float) -> dict[str, Any]:
         model.eval()
         inner = model if isinstance(model, LlamaForCausalLM) else model.get_base_model()
         cache = StaticCache(config=inner.config, max_cache_len=prompt + room)
-        token = ids[:, -1:].clone()
+        token, generation = ids[:, -1:].clone(), Generation()
+        kept.append(generation)  # a captured graph reads its packed matrices
 
         def step() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), _generating(model, generation):
                 inner(input_ids=token, past_key_values=cache, use_cache=True)
 
         with torch.no_grad():
             inner(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         caches.append(cache)
-        if isinstance(model, DyLoraMoE):
-            model.routing.packed = {}  # as `generate` does
         step()
         notes = look(model, step)
         replay, reason = captured(step, setting.device)
@@ -222,3 +224,8 @@ def decoding(setting: Setting, deadline: float) -> dict[str, Any]:
 
     repeats = min(setting.sizes["calls"], room // 4)
     return {"prompt": prompt, **measured(setting, deadline, prepare, repeats, rewind)}
+
+
+def _generating(model: Any, generation: Generation) -> AbstractContextManager[None]:
+    """As within `generate`: packed matrices are kept from step to step."""
+    return model.hooks.calling(Call(), generation) if isinstance(model, DyLoraMoE) else nullcontext()

@@ -93,7 +93,7 @@ def test_saving_into_the_current_folder(tmp_path, monkeypatch):
 
 def test_a_checkpoint_without_a_routed_expert_is_refused(tmp_path):
     mixture = DyLoraMoE.from_base(tiny_base(), config())
-    mixture.expert_states = dict.fromkeys(mixture.expert_states, NEW)
+    mixture.expert_states.update(dict.fromkeys(mixture.expert_names, NEW))
     mixture.save_pretrained(tmp_path / "out")
     with pytest.raises(CheckpointError, match="no expert is 'routed'"):
         DyLoraMoE.from_pretrained(tmp_path / "out", base=tiny_base())

@@ -11,7 +11,7 @@ import torch
 from peft import EvaConfig, LoraConfig
 from safetensors.torch import load_file
 
-from dylora_moe import CheckpointError, DyLoraMoE, checkpoint
+from dylora_moe import CheckpointError, DyLoraMoE
 from stock import assert_same_tensors, logits, stir, stock_logits
 from tiny import ARCHITECTURES, tiny_base, tiny_config, tiny_mixture, tokens
 
@@ -150,7 +150,7 @@ def test_the_revision_of_the_base_is_loaded_again(tmp_path, monkeypatch):
         asked.append((name, options))
         return tiny_base(), name
 
-    monkeypatch.setattr(checkpoint, "load_base", load_base)
+    monkeypatch.setattr("dylora_moe.model.load_base", load_base)
     assert DyLoraMoE.from_pretrained(str(tmp_path)).base_name == "owner/name"
     DyLoraMoE.from_pretrained(str(tmp_path), revision="main")
     assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {"revision": "main"})]

@@ -29,7 +29,7 @@ def test_hooks_of_a_dispatched_base_do_not_bypass_the_routing():
     places = dict.fromkeys(parts, "cpu")
     hooked = mixture(dispatch_model(tiny_base(), places, main_device="cpu", force_hooks=True))
     plain = mixture(tiny_base())
-    assert "forward" in hooked._layers[0].base_layer.__dict__
+    assert "forward" in hooked.routed_layers[0].base_layer.__dict__
     for model in (hooked, plain):
         model(IDS, labels=IDS).loss.backward()
     for (name, left), right in zip(hooked.named_parameters(), plain.parameters(), strict=True):

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 
-from dylora_moe import CheckpointError, DyLoraMoE, checkpoint, files
+from dylora_moe import CheckpointError, DyLoraMoE, model
+from dylora_moe.checkpoint import adapters, files, mixture
 from stock import logits, save_stock_adapter
 from tiny import tiny_base, tiny_mixture, tokens
 
@@ -79,7 +80,8 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint_whole(saved, monkeypa
         written.append(file)
         Path(file).write_bytes(b"half")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_later)
+    for module in (adapters, mixture):
+        monkeypatch.setattr(module, "save_file", fail_later)
     with pytest.raises(type(failure), match="No space left"):
         model.save_pretrained(saved)
     assert contents(saved.parent) == before
@@ -88,10 +90,10 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint_whole(saved, monkeypa
 
 
 def test_a_failure_in_a_new_folder_leaves_nothing(tmp_path, monkeypatch):
-    model = tiny_mixture()
-    monkeypatch.setattr(checkpoint, "model_card", lambda *_: "\ud800")  # cannot be encoded
+    built = tiny_mixture()
+    monkeypatch.setattr(model, "model_card", lambda *_: "\ud800")  # cannot be encoded
     with pytest.raises(UnicodeEncodeError):
-        model.save_pretrained(tmp_path / "mixture")
+        built.save_pretrained(tmp_path / "mixture")
     assert list(tmp_path.iterdir()) == []
 
 
