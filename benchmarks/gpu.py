@@ -283,6 +283,7 @@ def phase_decoding(sizes: dict[str, int], deadline: float) -> dict[str, Any]:
     prompt, room = sizes["prompt"] // 4, 64
     ids = random_ids(sizes, 1, prompt)
     caches: list[StaticCache] = []
+    kept = []  # what the graphs read
 
     def rewind() -> None:
         for cache in caches:
@@ -304,6 +305,7 @@ def phase_decoding(sizes: dict[str, int], deadline: float) -> dict[str, Any]:
         caches.append(cache)
         if isinstance(model, DyLoraMoE):
             model.routing.packed = {}  # as `generate` does
+            kept.append(model.routing.packed)
         step()
         notes = look(model, step)
         replay, reason = captured(step)
