@@ -191,6 +191,7 @@ def decoding(setting: Setting, deadline: float) -> dict[str, Any]:
     prompt, room = setting.sizes["prompt"] // 4, 64
     ids = setting.ids(1, prompt)
     caches: list[Any] = []
+    kept = []  # what the graphs read
 
     def rewind() -> None:
         for cache in caches:
@@ -212,6 +213,7 @@ def decoding(setting: Setting, deadline: float) -> dict[str, Any]:
         caches.append(cache)
         if isinstance(model, DyLoraMoE):
             model.routing.packed = {}  # as `generate` does
+            kept.append(model.routing.packed)
         step()
         notes = look(model, step)
         replay, reason = captured(step, setting.device)
