@@ -32,7 +32,9 @@ def test_scores_follow_the_formula(router_type):
     scores = router(hidden)
     assert scores.shape == (2, 5, 3)
     # float32 products of length 16 against float64
-    torch.testing.assert_close(scores.double(), score_loop(hidden, router.up, getattr(router, "down", None)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scores.double(), score_loop(hidden, router.up, getattr(router, "down", None)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_mlp_has_exactly_two_parameters_and_linear_one():

@@ -113,7 +113,7 @@ def look(model: Any, step: Step) -> dict[str, Any]:
         step()
     found = {"kernel_calls": seen.counts["kernel_calls"], "host_reads": seen.counts["host_reads"]}
     found["model_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-    if torch.cuda.is_available():
+    if next(model.parameters()).device.type == "cuda":
         model.zero_grad()
         found["peak_bytes_of_step"] = peak_on_gpu(step)
         found["peak_bytes"] = found["peak_bytes_of_step"] + found["model_bytes"]
