@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.training.data import Example, encode, encode_prompt
+from dylora_moe.data.examples import Example, encode, encode_prompt
 
 Progress = Callable[[int], None]
 

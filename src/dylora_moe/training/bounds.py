@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .schema import RecipeError, nearest
+from dylora_moe.schema import RecipeError, nearest
 
 _AT_LEAST_ONE = (lambda value: value >= 1, "must be 1 or more")
 _NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be a finite number, 0 or more")

@@ -1,4 +1,4 @@
-"""From a recipe to its base, tokenizer and untrained mixture."""
+"""From a recipe to its examples, base, tokenizer and untrained mixture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,33 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dylora_moe.checkpoint import CONFIG_FILE
+from dylora_moe.data.examples import Example
+from dylora_moe.data.sources import load_examples
 from dylora_moe.embedded import resolve_base
 from dylora_moe.files import CheckpointError, local_folder, read_json
 from dylora_moe.model import DyLoraMoE
 
 from .recipe import Recipe
+
+
+def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list[Example]]:
+    """The training examples of every expert that has data and all held-out ones, checked against the recipe's settings.
+
+    Raises:
+        DataError: as `load_examples`.
+        RecipeError: as `Recipe.check_form`.
+    """
+    train: dict[str, list[Example]] = {}
+    test: list[Example] = []
+    for name, data in recipe.data.items():
+        train[name] = load_examples(name, data, "train", recipe.seed)
+        held_out: list[Example] = []
+        if data.has_test:
+            held_out = load_examples(name, data, "test", recipe.seed, recipe.eval.samples)
+        for form in {example.form for example in train[name]} | {example.form for example in held_out}:
+            recipe.check_form(name, form, any(example.form == form for example in held_out))
+        test += held_out
+    return train, test
 
 
 def base_name(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import RecipeError
+from dylora_moe.schema import RecipeError
 
 if TYPE_CHECKING:
     from .recipe import Recipe

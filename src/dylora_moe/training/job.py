@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from dylora_moe.data.examples import MIXING_TEMPERATURE, Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
 from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 
 from .arguments import trainer_arguments
-from .build import build_mixture, load_base, load_tokenizer, single_lora_config
+from .build import build_mixture, load_base, load_recipe_examples, load_tokenizer, single_lora_config
 from .callbacks import ProgressBar
 from .checkpoints import last_complete
-from .data import Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
 from .distributed import one_device
 from .lock import FolderLock
 from .measure import Measurement
@@ -33,8 +33,6 @@ from .recipe import Recipe
 from .results import Results
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .schedule import TemperatureSchedule
-from .sections import MIXING_TEMPERATURE
-from .sources import load_recipe_examples
 from .stages import Stage, stages_of, thaw
 from .trainer import MoETrainer
 

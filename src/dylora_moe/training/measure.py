@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from dylora_moe.data.examples import Example
 from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, exact_match
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.trace import RoutingTrace
 
-from .data import Example
 from .recipe import Recipe
 
 ROUTED_SAMPLE = 32

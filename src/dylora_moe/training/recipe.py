@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dylora_moe.data.section import DataRecipe
+from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
+
 from .bounds import check_arguments
 from .combinations import check_combinations
-from .schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
-from .sections import BaseRecipe, DataRecipe, EvalRecipe, ExpertRecipe, TrainRecipe
+from .sections import BaseRecipe, EvalRecipe, ExpertRecipe, TrainRecipe
 
 if TYPE_CHECKING:
     from dylora_moe.config import MoELoraConfig

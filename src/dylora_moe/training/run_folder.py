@@ -27,11 +27,11 @@ import yaml
 from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adapter
 from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
+from dylora_moe.schema import RecipeError
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 from .lock import FolderLock
 from .recipe import SECRETS, Recipe
-from .schema import RecipeError
 from .stages import Stage
 
 RECIPE_FILE = "recipe.yaml"

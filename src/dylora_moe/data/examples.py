@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from .sections import MIXING_TEMPERATURE
-
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Mixing = Literal["proportional", "equal", "temperature"]
 TooLong = Literal["error", "drop", "truncate"]
+MIXING_TEMPERATURE = 2.0
 
 
 class DataError(ValueError):

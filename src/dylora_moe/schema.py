@@ -134,6 +134,13 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
     return value
 
 
+def at_least(section: Any, key: str, least: int) -> None:
+    """Raise a `ValueError` if the number at `key` is below `least`."""
+    value = getattr(section, key)
+    if isinstance(value, (int, float)) and not value >= least:
+        raise ValueError(f"{key}={value}: must be {least} or more.")
+
+
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The sentence ` Did you mean '…'?` with the nearest of `valid`, or nothing."""
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)

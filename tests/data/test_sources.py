@@ -9,10 +9,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dylora_moe.training.data import DataError, Example
-from dylora_moe.training.recipe import DataRecipe, RecipeError, parse_recipe
-from dylora_moe.training.skills import generate
-from dylora_moe.training.sources import load_examples, load_recipe_examples
+from dylora_moe.data.examples import DataError, Example
+from dylora_moe.data.generated import generate
+from dylora_moe.data.section import DataRecipe
+from dylora_moe.data.sources import load_examples
 
 GOOD = '{"prompt": "p", "completion": "c"}'
 CHAT = [
@@ -146,7 +146,7 @@ def test_csv_cells_are_text(tmp_path):
 
 
 def test_csv_rows_across_blocks_keep_their_newlines(tmp_path, monkeypatch):
-    monkeypatch.setattr("dylora_moe.training.sources._CSV_BLOCK", 64)
+    monkeypatch.setattr("dylora_moe.data.sources._CSV_BLOCK", 64)
     file = write(tmp_path / "d.csv", "prompt,completion", *(f'p{i},"c\n{i}\n"' for i in range(40)))
     assert read(file) == [Example(f"p{i}", f"c\n{i}\n") for i in range(40)]
 
@@ -330,41 +330,3 @@ def test_missing_held_out_data_names_the_expert(tmp_path):
         load_examples("law", DataRecipe(train=file), "test")
     with pytest.raises(DataError, match=r"experts\.law\.data has no test split; add `test_split: NAME`"):
         load_examples("law", DataRecipe(path="some/where"), "test")
-
-
-# A whole recipe
-
-
-def recipe(folder, row, **sections):
-    write(folder / "d.jsonl", row)
-    expert = {"data": {"train": "d.jsonl", "test": "d.jsonl"}}
-    return parse_recipe({"experts": {"law": expert}, **sections}, folder)
-
-
-def test_data_must_go_with_the_settings(tmp_path):
-    text, chat = {"text": "t"}, {"messages": CHAT}
-    loss = {"eval": {"metric": "loss"}}
-    for row, sections, message in (
-        (chat, loss, r"^experts\.law\.data: chat messages need a chat template; set base\.chat: true"),
-        (text, {}, r"^experts\.law\.data: eval\.metric=exact_match .* plain text .* set eval\.metric: loss"),
-        (
-            text,
-            {**loss, "mixture": {"granularity": "sequence"}},
-            r"granularity=sequence .* set mixture\.granularity: token",
-        ),
-    ):
-        with pytest.raises(RecipeError, match=message):
-            load_recipe_examples(recipe(tmp_path, row, **sections))
-    train, test = load_recipe_examples(recipe(tmp_path, text, **loss))
-    assert train == {"law": test} == {"law": [Example("", "t", "law")]}
-    train, test = load_recipe_examples(recipe(tmp_path, chat, base={"chat": True}, eval={"samples": 1}))
-    assert len(train["law"]) == 2
-    assert len(test) == 1
-
-
-def test_experts_without_held_out_data_give_none(tmp_path):
-    write(tmp_path / "d.jsonl", GOOD)
-    experts = {"law": {"data": {"train": "d.jsonl"}}, "when": {"data": {"skill": "date", "train": 2, "test": 2}}}
-    train, test = load_recipe_examples(parse_recipe({"experts": experts}, tmp_path))
-    assert list(train) == ["law", "when"]
-    assert [example.domain for example in test] == ["when", "when"]

@@ -8,9 +8,9 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
 
-from dylora_moe.training.data import DataError, Example
-from dylora_moe.training.recipe import DataRecipe
-from dylora_moe.training.sources import load_examples
+from dylora_moe.data.examples import DataError, Example
+from dylora_moe.data.section import DataRecipe
+from dylora_moe.data.sources import load_examples
 
 
 @pytest.fixture

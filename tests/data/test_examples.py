@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from dylora_moe.training.data import (
+from dylora_moe.data.examples import (
     DataError,
     Example,
     apportion,
@@ -244,7 +244,7 @@ def test_dataset_is_tokenised_and_labelled(tokenizer):
 
 def test_dataset_encodes_a_repeated_example_once(tokenizer, monkeypatch):
     example, calls = Example("w1", "w2", "a"), []
-    monkeypatch.setattr("dylora_moe.training.data.encode", lambda *_: (calls.append(1), ([1, 2], 1))[1])
+    monkeypatch.setattr("dylora_moe.data.examples.encode", lambda *_: (calls.append(1), ([1, 2], 1))[1])
     assert to_dataset([example] * 3, tokenizer)["input_ids"][:] == [[1, 2]] * 3
     assert len(calls) == 1
 
@@ -309,7 +309,7 @@ def test_too_long_examples_are_an_error_with_the_remedy(tokenizer):
 
 def test_drop_and_truncate_say_how_many(tokenizer, caplog):
     examples = [Example(words(2), "w1"), Example(words(7), words(5)), Example(words(12), "w1")]
-    with caplog.at_level(logging.WARNING, "dylora_moe.training.data"):
+    with caplog.at_level(logging.WARNING, "dylora_moe.data.examples"):
         assert fit_to_length(examples, tokenizer, 10, "drop") == examples[:1]
         assert "2 of 3 examples exceed 10 tokens (the longest has 15); dropped." in caplog.messages[-1]
         assert fit_to_length(examples, tokenizer, 10, "truncate") == examples[:2]

@@ -8,41 +8,19 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from .data import DataError, Example
-from .schema import nearest
-from .sections import FORMS
-from .skills import generate
+from dylora_moe.schema import nearest
 
-if TYPE_CHECKING:
-    from .recipe import DataRecipe, Recipe
+from .examples import DataError, Example
+from .generated import generate
+from .section import FORMS, DataRecipe
 
 Split = Literal["train", "test"]
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
 ROLES = ("system", "user", "assistant")
 _CSV_BLOCK = 1 << 24  # bytes; pyarrow wants every row to be shorter than two blocks
 _VALUES_SHOWN = 10
-
-
-def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list[Example]]:
-    """The training examples of every expert that has data and all held-out ones, checked against the recipe's settings.
-
-    Raises:
-        DataError: as `load_examples`.
-        RecipeError: as `Recipe.check_form`.
-    """
-    train: dict[str, list[Example]] = {}
-    test: list[Example] = []
-    for name, data in recipe.data.items():
-        train[name] = load_examples(name, data, "train", recipe.seed)
-        held_out: list[Example] = []
-        if data.has_test:
-            held_out = load_examples(name, data, "test", recipe.seed, recipe.eval.samples)
-        for form in {example.form for example in train[name]} | {example.form for example in held_out}:
-            recipe.check_form(name, form, any(example.form == form for example in held_out))
-        test += held_out
-    return train, test
 
 
 def load_examples(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dylora_moe.training import skills
-from dylora_moe.training.skills import SKILLS, generate, split_of
+from dylora_moe.data import generated
+from dylora_moe.data.generated import SKILLS, generate, split_of
 
 N = 300
 
@@ -119,12 +119,12 @@ def test_the_seed_decides(skill):
 
 
 def test_another_process_with_other_hashes_makes_the_same_examples():
-    """`skills.py` needs the standard library only, so that the process need not import torch."""
+    """`generated.py` needs the standard library only, so that the process need not import torch."""
     program = (
-        "import json, sys, skills\n"
-        "json.dump([skills.generate(name, 'test', 9, 4) for name in skills.SKILLS], sys.stdout)"
+        "import generated, json, sys\n"
+        "json.dump([generated.generate(name, 'test', 9, 4) for name in generated.SKILLS], sys.stdout)"
     )
-    environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(skills.__file__).parent)}
+    environment = {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(generated.__file__).parent)}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment)
     assert json.loads(ran.stdout) == [generate(skill, "test", 9, 4) for skill in SKILLS]
 
