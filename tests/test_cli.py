@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app, console, errors, main
-from dylora_moe.training.recipe import load_recipe
+from dylora_moe.training.recipe.recipe import load_recipe
 from tinybase import save_tiny_base
 
 runner = CliRunner()

@@ -17,7 +17,7 @@ from dylora_moe import DyLoraMoE
 from dylora_moe.training.build import build_mixture, load_base
 from dylora_moe.training.job import Job
 from dylora_moe.training.plan import plan
-from dylora_moe.training.recipe import Recipe, parse_recipe
+from dylora_moe.training.recipe.recipe import Recipe, parse_recipe
 from dylora_moe.training.results import Results
 from dylora_moe.training.run_folder import is_finished
 from tinybase import save_tiny_base

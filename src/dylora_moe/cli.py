@@ -74,7 +74,7 @@ def train(
     """
     from .training import launch
     from .training.job import Job
-    from .training.recipe import load_recipe
+    from .training.recipe.recipe import load_recipe
 
     overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]
     if baseline:
@@ -202,7 +202,7 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     import yaml
 
     from .training.plan import plan
-    from .training.recipe import load_recipe
+    from .training.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     tables = plan_tables(plan(loaded))

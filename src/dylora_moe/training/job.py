@@ -21,6 +21,7 @@ from dylora_moe.data.examples import MIXING_TEMPERATURE, Example, TooLong, finge
 from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
+from dylora_moe.training.recipe.recipe import Recipe
 
 from .arguments import trainer_arguments
 from .build import build_mixture, load_base, load_recipe_examples, load_tokenizer, single_lora_config
@@ -29,7 +30,6 @@ from .checkpoints import last_complete
 from .distributed import one_device
 from .lock import FolderLock
 from .measure import Measurement
-from .recipe import Recipe
 from .results import Results
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .schedule import TemperatureSchedule

@@ -15,8 +15,7 @@ from dylora_moe.data.examples import Example
 from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, exact_match
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.trace import RoutingTrace
-
-from .recipe import Recipe
+from dylora_moe.training.recipe.recipe import Recipe
 
 ROUTED_SAMPLE = 32
 """Examples per domain whose routing is recorded."""

@@ -14,11 +14,11 @@ from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUs
 
 from dylora_moe.embedded import resolve_base
 from dylora_moe.trace import ParameterReport
+from dylora_moe.training.recipe.recipe import Recipe
 
 from .build import base_name, build_mixture
 from .collator import DOMAIN
 from .job import Job
-from .recipe import Recipe
 from .stages import thaw
 
 

@@ -28,10 +28,10 @@ from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adap
 from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError
+from dylora_moe.training.recipe.recipe import SECRETS, Recipe
 
 from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 from .lock import FolderLock
-from .recipe import SECRETS, Recipe
 from .stages import Stage
 
 RECIPE_FILE = "recipe.yaml"

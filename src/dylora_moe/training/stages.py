@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dylora_moe.model import DyLoraMoE
-
-from .recipe import Recipe
+from dylora_moe.training.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Mixing, TooLong
 from dylora_moe.data.section import DataRecipe
 from dylora_moe.schema import at_least
-
-from .schedule import TwoPhase
+from dylora_moe.training.schedule import TwoPhase
 
 
 @dataclass(frozen=True)

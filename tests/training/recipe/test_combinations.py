@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dylora_moe.schema import RecipeError
-from dylora_moe.training.recipe import parse_recipe
+from dylora_moe.training.recipe.recipe import parse_recipe
 
 DATA = {"skill": "json", "train": 4, "test": 1}
 
