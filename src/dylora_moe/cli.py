@@ -218,7 +218,7 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     _quiet_libraries()
-    from .training.checkpoints import Interrupted
+    from .training.trainer.checkpoints import Interrupted
 
     try:
         app()

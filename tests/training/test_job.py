@@ -315,7 +315,7 @@ def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path
 
 
 def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkeypatch):
-    from dylora_moe.training.trainer import MoETrainer
+    from dylora_moe.training.trainer.trainer import MoETrainer
 
     def full(self, folder, **options):
         if folder.endswith("trained"):

@@ -22,19 +22,19 @@ from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.trainer.callbacks import ProgressBar
+from dylora_moe.training.trainer.checkpoints import last_complete
+from dylora_moe.training.trainer.distributed import one_device
+from dylora_moe.training.trainer.schedule import TemperatureSchedule
+from dylora_moe.training.trainer.trainer import MoETrainer
 
 from .arguments import trainer_arguments
 from .build import build_mixture, load_base, load_recipe_examples, load_tokenizer, single_lora_config
-from .callbacks import ProgressBar
-from .checkpoints import last_complete
-from .distributed import one_device
 from .lock import FolderLock
 from .measure import Measurement
 from .results import Results
 from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
-from .schedule import TemperatureSchedule
 from .stages import Stage, stages_of, thaw
-from .trainer import MoETrainer
 
 PARENT_VARIABLE = "DYLORA_MOE_PARENT"
 """Environment variable of a stage's job: the id of the process that started it and holds the run's lock."""

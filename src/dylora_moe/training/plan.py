@@ -15,9 +15,9 @@ from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUs
 from dylora_moe.embedded import resolve_base
 from dylora_moe.trace import ParameterReport
 from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.trainer.collator import DOMAIN
 
 from .build import base_name, build_mixture
-from .collator import DOMAIN
 from .job import Job
 from .stages import thaw
 

@@ -29,8 +29,8 @@ from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import SECRETS, Recipe
+from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 
-from .checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 from .lock import FolderLock
 from .stages import Stage
 

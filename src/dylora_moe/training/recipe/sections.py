@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Mixing, TooLong
 from dylora_moe.data.section import DataRecipe
 from dylora_moe.schema import at_least
-from dylora_moe.training.schedule import TwoPhase
+from dylora_moe.training.trainer.schedule import TwoPhase
 
 
 @dataclass(frozen=True)

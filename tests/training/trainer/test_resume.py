@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
-from dylora_moe.training.checkpoints import (
+from dylora_moe.training.trainer.checkpoints import (
     COMPLETE_FILE,
     EXEMPT_FROM_RESUME,
     Interrupted,
@@ -22,7 +22,7 @@ from dylora_moe.training.checkpoints import (
     last_complete,
     restore,
 )
-from dylora_moe.training.trainer import MoETrainer
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 
 STEPS = 6

@@ -12,8 +12,8 @@ from transformers import EarlyStoppingCallback
 from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
-from dylora_moe.training.callbacks import StarvedExperts
-from dylora_moe.training.trainer import MoETrainer
+from dylora_moe.training.trainer.callbacks import StarvedExperts
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 
 ROWS = [{"prompt": f"ask {i}", "completion": " yes" * (1 + i % 5), "domain": "ab"[i % 2]} for i in range(11)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dylora_moe.training.schedule import TemperatureSchedule, TwoPhase
+from dylora_moe.training.trainer.schedule import TemperatureSchedule, TwoPhase
 
 
 def test_two_phase_multiplies_every_groups_own_rate():

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.routing import load
-from dylora_moe.training.trainer import MoETrainer, mean_over_processes, unwrap_head
+from dylora_moe.training.trainer.trainer import MoETrainer, mean_over_processes, unwrap_head
 from tinybase import tiny_base, tiny_tokenizer
 
 ROWS = [{"prompt": f"ask {i}", "completion": " yes" * (1 + i % 3), "domain": ("a", "b")[i % 2]} for i in range(8)]

@@ -19,9 +19,9 @@ from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.sharding import gather, is_sharded, whole
-from dylora_moe.training.checkpoints import Interrupted, last_complete, restore
-from dylora_moe.training.distributed import leave_rank
-from dylora_moe.training.trainer import MoETrainer
+from dylora_moe.training.trainer.checkpoints import Interrupted, last_complete, restore
+from dylora_moe.training.trainer.distributed import leave_rank
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 
 ROWS = 8
