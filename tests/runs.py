@@ -11,8 +11,8 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dylora_moe.training.job import Job
 from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.run.job import Job
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 
 QUIET = Console(quiet=True)

@@ -72,9 +72,10 @@ def train(
 
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
-    from .training import launch
-    from .training.job import Job
+    from dylora_moe.training.run import launch
+
     from .training.recipe.recipe import load_recipe
+    from .training.run.job import Job
 
     overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]
     if baseline:
@@ -201,8 +202,8 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     """
     import yaml
 
-    from .training.plan import plan
     from .training.recipe.recipe import load_recipe
+    from .training.run.plan import plan
 
     loaded = load_recipe(recipe, overrides or [])
     tables = plan_tables(plan(loaded))

@@ -12,8 +12,8 @@ from torch import Tensor
 from .trace import GradientStats, ParameterReport, RoutingTrace
 
 if TYPE_CHECKING:
-    from .training.plan import Plan
-    from .training.results import Results
+    from .training.run.plan import Plan
+    from .training.run.results import Results
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 TITLES = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}

@@ -12,8 +12,7 @@ from dylora_moe.colours import BASE, expert_colours
 from dylora_moe.display import TITLES
 from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.plots import Stage
-
-from .run_folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
+from dylora_moe.training.run.folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
 
 LOAD = "router/load/"
 

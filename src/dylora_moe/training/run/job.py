@@ -30,10 +30,10 @@ from dylora_moe.training.trainer.trainer import MoETrainer
 
 from .arguments import trainer_arguments
 from .build import build_mixture, load_base, load_recipe_examples, load_tokenizer, single_lora_config
+from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .lock import FolderLock
 from .measure import Measurement
 from .results import Results
-from .run_folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
 from .stages import Stage, stages_of, thaw
 
 PARENT_VARIABLE = "DYLORA_MOE_PARENT"

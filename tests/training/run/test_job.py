@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.display import results_tables
 from dylora_moe.schema import RecipeError
-from dylora_moe.training.job import Job
-from dylora_moe.training.lock import FolderLock
-from dylora_moe.training.plan import plan
 from dylora_moe.training.recipe.recipe import Recipe, load_recipe, parse_recipe
-from dylora_moe.training.run_folder import differences
-from dylora_moe.training.stages import stages_of
+from dylora_moe.training.run.folder import differences
+from dylora_moe.training.run.job import Job
+from dylora_moe.training.run.lock import FolderLock
+from dylora_moe.training.run.plan import plan
+from dylora_moe.training.run.stages import stages_of
 from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
 from tinybase import save_tiny_base
 

@@ -17,8 +17,8 @@ import psutil
 import torch
 from rich.console import Console
 
+from .folder import is_finished
 from .job import PARENT_VARIABLE
-from .run_folder import is_finished
 
 if TYPE_CHECKING:
     from .job import Job

@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from dylora_moe.training.lock import FolderLock
+from dylora_moe.training.run.lock import FolderLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dylora_moe.training.lock import FolderLock
+from dylora_moe.training.run.lock import FolderLock
 with FolderLock(Path(sys.argv[1])).hold():
     print("held", flush=True)
     time.sleep(60)
@@ -57,7 +57,7 @@ def test_nothing_is_left_behind_and_holding_twice_is_holding(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal for a dead parent is Linux's")
 def test_a_process_stops_with_the_one_that_started_it():
     code = (
-        "import subprocess, sys, time; from dylora_moe.training.launch import _APART; "
+        "import subprocess, sys, time; from dylora_moe.training.run.launch import _APART; "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], **_APART); "
         "print(child.pid, flush=True); time.sleep(60)"
     )
