@@ -16,7 +16,14 @@ from rich.logging import RichHandler
 
 from . import __version__
 from .benchmark.command import bench
-from .display import colour_by_expert, gradient_table, parameter_table, plan_tables, results_tables, routing_table
+from .report.terminal import (
+    colour_by_expert,
+    gradient_table,
+    parameter_table,
+    plan_tables,
+    results_tables,
+    routing_table,
+)
 
 app = typer.Typer(
     help="Many LoRA experts in one model, routed token by token.",
@@ -72,7 +79,7 @@ def train(
 
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
-    from dylora_moe.training.run import launch
+    from dylora_moe.report.finished import launch
 
     from .training.recipe.recipe import load_recipe
     from .training.run.job import Job
@@ -117,7 +124,7 @@ def train(
 
 
 def _write_report(folder: Path) -> None:
-    from .training.report import write_report
+    from .report.page import write_report
 
     try:
         console.print(f"Report: [bold]{write_report(folder)}[/]", highlight=False, soft_wrap=True)
@@ -184,7 +191,7 @@ def report(directory: Annotated[Path, typer.Argument(help="The output folder of 
 
     Example: [bold]dylora-moe report runs/skills[/]
     """
-    from .training.report import write_report
+    from .report.page import write_report
 
     console.print(str(write_report(directory)), markup=False, highlight=False, soft_wrap=True)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
-from dylora_moe.display import results_tables
+from dylora_moe.report.terminal import results_tables
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import Recipe, load_recipe, parse_recipe
 from dylora_moe.training.run.folder import differences

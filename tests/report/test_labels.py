@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dylora_moe.labels import labels
+from dylora_moe.report.labels import labels
 
 
 def test_short_names_stay():

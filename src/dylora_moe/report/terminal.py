@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .trace import GradientStats, ParameterReport, RoutingTrace
+from dylora_moe.trace import GradientStats, ParameterReport, RoutingTrace
 
 if TYPE_CHECKING:
-    from .training.run.plan import Plan
-    from .training.run.results import Results
+    from dylora_moe.training.run.plan import Plan
+    from dylora_moe.training.run.results import Results
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 TITLES = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}

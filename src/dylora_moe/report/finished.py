@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dylora_moe.colours import BASE, expert_colours
-from dylora_moe.display import TITLES
 from dylora_moe.files import CheckpointError, read_json
-from dylora_moe.plots import Stage
+from dylora_moe.report.colours import BASE, expert_colours
+from dylora_moe.report.plots import Stage
+from dylora_moe.report.terminal import TITLES
 from dylora_moe.training.run.folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
 
 LOAD = "router/load/"

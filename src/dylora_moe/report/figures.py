@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dylora_moe import plots
-from dylora_moe.colours import Theme
-from dylora_moe.display import TITLES
+from dylora_moe.report import plots
+from dylora_moe.report.colours import Theme
+from dylora_moe.report.terminal import TITLES
 
-from .run import LOAD, Run, series
+from .finished import LOAD, Run, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dylora_moe.cli import app
-from dylora_moe.training.figures import FIGURES
-from dylora_moe.training.report import write_report
-from dylora_moe.training.run import read_run, series, step_axis
+from dylora_moe.report.figures import FIGURES
+from dylora_moe.report.finished import read_run, series, step_axis
+from dylora_moe.report.page import write_report
 from fakerun import RECIPE, write_run
 
 SECTIONS = ("results", "routing", "curves", "parameters", "time", "environment", "recipe")

@@ -10,16 +10,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dylora_moe import plots
-from dylora_moe.colours import DARK, LIGHT, legible
-from dylora_moe.display import TITLES
+from dylora_moe.report import plots
+from dylora_moe.report.colours import DARK, LIGHT, legible
+from dylora_moe.report.terminal import TITLES
 
 from .figures import FIGURES, pictures
-from .run import Run, read_run
+from .finished import Run, read_run
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "page.html.jinja"
 MINUS = "−"
 
 
@@ -67,7 +67,7 @@ def _render(run: Run, shown: Mapping[str, list[dict[str, Any]]]) -> str:
     except ImportError as error:
         raise ImportError("The report needs jinja2: pip install 'dylora-moe[plot]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((resources.files("dylora_moe.training") / TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string((resources.files("dylora_moe.report") / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         run=run,
         facts=_facts(run),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dylora_moe.colours import DARK, LIGHT, contrast, expert_colours, legible
+from dylora_moe.report.colours import DARK, LIGHT, contrast, expert_colours, legible
 
 
 def channels(colour: str) -> list[int]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from dylora_moe import plots
-from dylora_moe.colours import DARK, LIGHT, expert_colours
+from dylora_moe.report import plots
+from dylora_moe.report.colours import DARK, LIGHT, expert_colours
 
 STAGES = [plots.Stage("sql", 0, 20), plots.Stage("router", 20, 50)]
 
