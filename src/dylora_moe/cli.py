@@ -79,9 +79,8 @@ def train(
 
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
-    from dylora_moe.report.finished import launch
-
     from .training.recipe.recipe import load_recipe
+    from .training.run import launch
     from .training.run.job import Job
 
     overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]

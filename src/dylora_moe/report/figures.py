@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dylora_moe.report import plots
-from dylora_moe.report.colours import Theme
-from dylora_moe.report.terminal import TITLES
-
+from . import plots
+from .colours import Theme
 from .finished import LOAD, Run, series
+from .terminal import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dylora_moe.files import CheckpointError, read_json
-from dylora_moe.report.colours import BASE, expert_colours
-from dylora_moe.report.plots import Stage
-from dylora_moe.report.terminal import TITLES
 from dylora_moe.training.run.folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
+
+from .colours import BASE, expert_colours
+from .plots import Stage
+from .terminal import TITLES
 
 LOAD = "router/load/"
 

@@ -10,12 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dylora_moe.report import plots
-from dylora_moe.report.colours import DARK, LIGHT, legible
-from dylora_moe.report.terminal import TITLES
-
+from . import plots
+from .colours import DARK, LIGHT, legible
 from .figures import FIGURES, pictures
 from .finished import Run, read_run
+from .terminal import TITLES
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"

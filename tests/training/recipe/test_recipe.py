@@ -10,7 +10,7 @@ import yaml
 
 from dylora_moe.training.recipe.recipe import RecipeError, apply_overrides, load_recipe, parse_recipe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def minimal(**sections):

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
-from dylora_moe.training.trainer.trainer import distributed
+from dylora_moe.training.trainer import distributed
 from tinybase import tiny_base
-from training import worker
+from training.trainer import worker
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes" / "accelerate"
 KINDS = ("ddp", "fsdp2")
 
