@@ -16,6 +16,7 @@ import yaml
 T = TypeVar("T")
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+_CHOICES = "choices"  # key of a field's metadata
 
 
 class RecipeError(ValueError):
@@ -65,6 +66,11 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{source}: not valid YAML: {error}") from error
 
 
+def choice(table: Iterable[str], default: str) -> Any:
+    """A dataclass field whose value is one of the names in `table`; `build` refuses others."""
+    return dataclasses.field(default=default, metadata={_CHOICES: tuple(table)})
+
+
 def build(cls: type[T], value: Any, path: str = "") -> T:
     """An instance of the dataclass `cls` from a mapping, every key and type checked, nested classes included.
 
@@ -84,6 +90,7 @@ def build(cls: type[T], value: Any, path: str = "") -> T:
         if required and name not in value:
             raise RecipeError(f"{join(path, name)}: missing; it has no default.")
     hints = typing.get_type_hints(cls)
+    hints |= {name: Literal[f.metadata[_CHOICES]] for name, f in fields.items() if _CHOICES in f.metadata}
     values = {name: check_value(item, hints[name], join(path, name)) for name, item in value.items()}
     try:
         return cls(**values)

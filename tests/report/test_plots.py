@@ -125,7 +125,7 @@ def test_coactivation_is_per_domain_for_few_experts_and_their_mean_for_many():
 
 def test_results_place_a_dot_per_column_and_skip_what_is_not_there():
     columns = {"base": {"sql": 0.1, "date": 0.2}, "top-1": {"sql": 0.9}}
-    axes = plots.results(columns, True, "Exact match").axes[0]
+    axes = plots.results(columns, "%", "Exact match").axes[0]
     dots = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_label() in columns}
     assert dots == {"base": [[10, 0], [20, 1]], "top-1": [[90, 0]]}
 
@@ -141,7 +141,7 @@ def test_nothing_overlaps_or_is_cut_off(count, length):
         "load": plots.over_time(plots.Panel("Load in training", lines, reference=("1/E", 0.5)), STAGES),
         "heat": plots.heat_map(table, names, "Load by domain and expert (%)"),
         "coactivation": plots.coactivation(dict.fromkeys(names[:4], table), names),
-        "results": plots.results({t: dict.fromkeys(names, 0.5) for t in ("base", "mixture", "top-1")}, True, "Match"),
+        "results": plots.results({t: dict.fromkeys(names, 0.5) for t in ("base", "mixture", "top-1")}, "%", "Match"),
     }
     assert {name: overlaps(figure) for name, figure in drawn.items()} == {key: [] for key in drawn}
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dylora_moe.training.run.results import COLUMNS
+
 from . import plots
 from .colours import Theme
 from .finished import LOAD, Run, series
-from .terminal import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +41,14 @@ def pictures(run: Run) -> list[Picture]:
 def _results(run: Run) -> Picture | None:
     if len(run.columns) < 2:
         return None
-    columns = {TITLES[key]: values for key, values in run.columns.items()}
-    title = "Held-out exact match" if run.shares else "Held-out loss (lower is better)"
+    columns = {COLUMNS[key]: values for key, values in run.columns.items()}
+    title = f"Held-out {run.metric.title}" + ("" if run.metric.higher_is_better else " (lower is better)")
     return Picture(
         "results",
         "results",
         "Each domain's values on one line, the base hollow.",
         f"Dot plot of {', '.join(columns)} for {_some(run.domains)}; the table above has its numbers.",
-        lambda theme: plots.results(columns, run.shares, title, theme),
+        lambda theme: plots.results(columns, run.metric.unit, title, theme),
     )
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dylora_moe.evaluation.metrics import DEFAULT_METRIC, METRICS, Metric
 from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.training.run.folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIPE_FILE, RESULTS_FILE
+from dylora_moe.training.run.results import COLUMNS
 
 from .colours import BASE, expert_colours
 from .plots import Stage
-from .terminal import TITLES
 
 LOAD = "router/load/"
 
@@ -40,7 +41,7 @@ class Run:
 
     def __post_init__(self):
         self.rows, self.stages = step_axis(self.history)
-        self.columns = {key: self.results[key] for key in TITLES if self.results.get(key)}
+        self.columns = {key: self.results[key] for key in COLUMNS if self.results.get(key)}
         self.domains = list(dict.fromkeys(domain for column in self.columns.values() for domain in column))
         self.load: Mapping[str, Mapping[str, float]] = self.results.get("load") or {}
         self.routing: Mapping[str, Mapping[str, Any]] = self.results.get("routing") or {}
@@ -52,9 +53,9 @@ class Run:
         self.colours = expert_colours([*self.experts, *self.domains])
 
     @property
-    def shares(self) -> bool:
-        """Whether results are shares (higher is better) and not losses (lower is better)."""
-        return self.results.get("metric", "exact_match") == "exact_match"
+    def metric(self) -> Metric:
+        """What was measured."""
+        return METRICS[self.results.get("metric", DEFAULT_METRIC)]
 
 
 def read_run(folder: Path) -> Run:
@@ -80,7 +81,9 @@ def read_run(folder: Path) -> Run:
 
 def _check_shape(results: Mapping[str, Any], file: Path) -> None:
     """Raise a `CheckpointError` for the first part of `results.json` that is not what the job writes."""
-    flat = {key: results.get(key) for key in (*TITLES, "parameters", "phases")}
+    if (metric := results.get("metric", DEFAULT_METRIC)) not in [*METRICS]:
+        raise CheckpointError(f"{file}: unknown metric {metric!r}; known are {', '.join(METRICS)}.")
+    flat = {key: results.get(key) for key in (*COLUMNS, "parameters", "phases")}
     for part in ("load", "routing"):
         rows = results.get(part) or {}
         if not isinstance(rows, dict):
@@ -91,7 +94,7 @@ def _check_shape(results: Mapping[str, Any], file: Path) -> None:
         if not isinstance(known, dict):
             raise CheckpointError(f"{file}: {name!r} holds {numbers!r}; expected a mapping of numbers.")
         for key, value in known.items():
-            may_be_missing = value is None and name in TITLES
+            may_be_missing = value is None and name in COLUMNS
             nested = key == "coactivation" and isinstance(value, dict)
             if not (_is_number(value) or may_be_missing or nested):
                 raise CheckpointError(f"{file}: {name!r} holds {value!r} at {key!r}; expected a number.")

@@ -10,11 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dylora_moe.training.run.results import COLUMNS
+
 from . import plots
 from .colours import DARK, LIGHT, legible
 from .figures import FIGURES, pictures
 from .finished import Run, read_run
-from .terminal import TITLES
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
@@ -70,7 +71,7 @@ def _render(run: Run, shown: Mapping[str, list[dict[str, Any]]]) -> str:
     return template.render(
         run=run,
         facts=_facts(run),
-        titles=[TITLES[key] for key in run.columns],
+        titles=[COLUMNS[key] for key in run.columns],
         table=_results_table(run),
         load=[(domain, [_percent(row.get(name, 0.0)) for name in run.outputs]) for domain, row in run.load.items()],
         routing=_routing_table(run),
@@ -96,7 +97,7 @@ def _results_table(run: Run) -> list[dict[str, Any]]:
     table = []
     for i, (name, row) in enumerate(rows.items()):
         known = [value for value in row.values() if value is not None]
-        best = (max if run.shares else min)(known) if len(known) > 1 else None
+        best = (max if run.metric.higher_is_better else min)(known) if len(known) > 1 else None
         cells = [
             {"value": _value(run, value), "best": value == best, **_change(run, value, row.get("base"), key)}
             for key, value in row.items()
@@ -109,23 +110,22 @@ def _change(run: Run, value: float | None, base: float | None, key: str) -> dict
     """The signed change against the base, and whether it is for the better."""
     if value is None or base is None or key == "base":
         return {"change": "", "verdict": ""}
-    digits = 1 if run.shares else 3
-    change = round((value - base) * (100 if run.shares else 1), digits)
+    digits, scale = (1, 100) if run.metric.is_share else (3, 1)
+    change = round((value - base) * scale, digits)
     if math.isnan(change) or change == 0:
         return {"change": "" if math.isnan(change) else f"±{0:.{digits}f}", "verdict": "same"}
     text = f"{change:+.{digits}f}".replace("-", MINUS)
-    return {"change": text, "verdict": "better" if (change > 0) == run.shares else "worse"}
+    return {"change": text, "verdict": "better" if (change > 0) == run.metric.higher_is_better else "worse"}
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """The numbers at the head of the page."""
     facts = []
     for row in _results_table(run)[-1:]:
-        what = "exact match" if run.shares else "loss"
         which = ", mean" if row["mean"] else ""
         for key, cell in zip(run.columns, row["cells"], strict=True):
             if key in ("base", "top2" if "top2" in run.columns else "mixture"):
-                facts.append((f"{TITLES[key]}: {what}{which}", cell["value"]))
+                facts.append((f"{COLUMNS[key]}: {run.metric.title}{which}", cell["value"]))
     if run.experts:
         facts.append(("experts", str(len(run.experts))))
     if run.results.get("passes_per_step"):
@@ -170,7 +170,7 @@ def _phase_table(run: Run) -> list[tuple[str, str, float]]:
 def _value(run: Run, value: float | None) -> str:
     if value is None or math.isnan(value):
         return "–"
-    return _percent(value) if run.shares else f"{value:.3f}"
+    return _percent(value) if run.metric.is_share else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:

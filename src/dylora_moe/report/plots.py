@@ -158,18 +158,19 @@ def coactivation(
     return figure
 
 
-def results(columns: Mapping[str, Mapping[str, float]], percent: bool, title: str, theme: Theme = LIGHT) -> Figure:
+def results(columns: Mapping[str, Mapping[str, float]], unit: str, title: str, theme: Theme = LIGHT) -> Figure:
     """A dot per column for every domain, on a line from the smallest to the largest value.
 
     Args:
         columns: title → domain → value; the first is the base, drawn hollow.
-        percent: whether the values are shares.
+        unit: of the values; `%` for shares, which are shown a hundredfold.
         title: what is measured.
         theme: the page's colours.
     """
     domains = list(next(iter(columns.values())))
     figure = _figure(WIDTH, 1.3 + 0.36 * len(domains), theme)
     axes = figure.subplots()
+    percent = unit == "%"
     scale = 100.0 if percent else 1.0
     for i, domain in enumerate(domains):
         values = [scale * column[domain] for column in columns.values() if column.get(domain) is not None]
@@ -193,7 +194,7 @@ def results(columns: Mapping[str, Mapping[str, float]], percent: bool, title: st
     axes.set_ylim(len(domains) - 0.5, -0.5)
     axes.set_xlim(*((-3, 103) if percent else (0, None)))
     _style(axes, theme)
-    axes.set_xlabel("%" if percent else "nats per completion token")
+    axes.set_xlabel(unit)
     _legend(axes, theme, True)
     _titles([title], [axes], theme)
     return figure

@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.trace import GradientStats, ParameterReport, RoutingTrace
+from dylora_moe.training.run.results import COLUMNS, Results
 
 if TYPE_CHECKING:
-    from dylora_moe.training.run.plan import Plan
-    from dylora_moe.training.run.results import Results
+    from dylora_moe.training.run.plan import Plan  # what makes a plan needs TRL
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
-TITLES = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}
 
 
 def colour_of(index: int) -> str:
@@ -97,16 +97,15 @@ def results_tables(results: Results) -> list[Table]:
     """Held-out results per domain, and the load of each expert per domain; none without held-out data."""
     if not results.columns.get("base"):
         return []
-    shares = results.metric == "exact_match"
-    title = "Held-out exact match" if shares else "Held-out loss (nats per completion token)"
-    table = Table(title=title)
+    metric = METRICS[results.metric]
+    table = Table(title=f"Held-out {metric.title}" + ("" if metric.is_share else f" ({metric.unit})"))
     table.add_column("domain")
-    columns = [key for key in TITLES if results.columns.get(key)]
+    columns = [key for key in COLUMNS if results.columns.get(key)]
     for key in columns:
-        table.add_column(TITLES[key], justify="right")
+        table.add_column(COLUMNS[key], justify="right")
     for domain in results.columns["base"]:
         values = (results.columns[key][domain] for key in columns)
-        table.add_row(domain, *(f"{v:.1%}" if shares else f"{v:.3f}" for v in values))
+        table.add_row(domain, *(f"{v:.1%}" if metric.is_share else f"{v:.3f}" for v in values))
     load = Table(title="Load of each expert per domain")
     load.add_column("domain")
     names = list(dict.fromkeys(name for shares in results.load.values() for name in shares))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dylora_moe.data.section import DataRecipe
+from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
 
 from .bounds import check_arguments
@@ -136,10 +137,11 @@ class Recipe:
                 f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
                 "mixture.granularity: token."
             )
-        if form == "text" and held_out and self.eval.metric == "exact_match":
+        if form == "text" and held_out and METRICS[self.eval.metric].generates:
+            others = " or ".join(name for name, metric in METRICS.items() if not metric.generates)
             raise RecipeError(
-                f"{where}: eval.metric=exact_match compares answers to prompts, which plain text does not have; set "
-                "eval.metric: loss."
+                f"{where}: eval.metric={self.eval.metric} compares answers to prompts, which plain text does not have; "
+                f"set eval.metric: {others}."
             )
 
     def mixture_config(self) -> MoELoraConfig:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Mixing, TooLong
 from dylora_moe.data.section import DataRecipe
-from dylora_moe.schema import at_least
+from dylora_moe.evaluation.metrics import DEFAULT_METRIC, METRICS
+from dylora_moe.schema import at_least, choice
 from dylora_moe.training.trainer.schedule import TwoPhase
 
 
@@ -150,14 +151,15 @@ class EvalRecipe:
     """What to measure on the held-out examples of each expert.
 
     Args:
-        metric: `exact_match` generates greedily and compares; `loss` is the mean loss per completion token.
+        metric: a row of `evaluation.metrics.METRICS`: `exact_match` generates greedily and compares; `loss` is the mean
+            loss per completion token.
         samples: at most so many examples per expert; default all.
         batch_size: rows per batch.
         max_new_tokens: where generation stops at the latest.
         baseline: also train and measure a single LoRA of the same total rank.
     """
 
-    metric: Literal["exact_match", "loss"] = "exact_match"
+    metric: str = choice(METRICS, DEFAULT_METRIC)
     samples: int | None = None
     batch_size: int = 32
     max_new_tokens: int = 48

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
 from dylora_moe.evaluation.held_out import by_domain
+from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.training.recipe.recipe import Recipe
@@ -138,7 +139,7 @@ class Job:
         self.tokenizer = load_tokenizer(self.recipe)
         too_long, held_out = self.recipe.train.too_long, self.recipe.train.validation
         self.train = {name: self._fitting(name, rows, too_long, "training") for name, rows in self.train.items()}
-        if self.recipe.eval.metric == "loss":  # a row that was cut could have lost its answer
+        if not METRICS[self.recipe.eval.metric].generates:  # a row that was cut could have lost its answer
             fitting = [self._fitting(name, rows, "drop", "held-out") for name, rows in by_domain(self.test).items()]
             self.test = [example for rows in fitting for example in rows]
         self.rows = {name: fingerprint(rows) for name, rows in self.train.items()}

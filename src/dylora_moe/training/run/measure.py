@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example
-from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss, exact_match
+from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss
+from dylora_moe.evaluation.metrics import METRICS, Settings
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.trace import RoutingTrace
 from dylora_moe.training.recipe.recipe import Recipe
@@ -33,20 +34,16 @@ class Measurement:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, test: list[Example], console: Console):
         self.recipe, self.tokenizer, self.test, self.console = recipe, tokenizer, test, console
+        length = recipe.train.arguments.get("max_length") or tokenizer.model_max_length
+        self.settings = Settings(recipe.eval.batch_size, recipe.eval.max_new_tokens, length, recipe.base.chat)
 
     def column(self, model: Any, title: str, **force: Any) -> dict[str, float]:
         """The metric per domain; `force` goes to the model, for example `experts="base"`."""
-        if not self.test:
-            return {}
-        if self.recipe.eval.metric == "exact_match":
-            return exact_match(self._answers(model, self.test, title, **force), self.test)
-        length = self.recipe.train.arguments.get("max_length") or self.tokenizer.model_max_length
-        result = {}
+        measure, values = METRICS[self.recipe.eval.metric].measure, {}
         with self._bar(title, len(self.test)) as progress:
             for examples in by_domain(self.test).values():
-                options = {**self._options(), **force, "max_length": length, "progress": progress}
-                result |= completion_loss(model, self.tokenizer, examples, **options)
-        return result
+                values |= measure(model, self.tokenizer, examples, self.settings, progress, **force)
+        return values
 
     def routings(self, mixture: DyLoraMoE) -> Iterator[tuple[str, dict[str, float]]]:
         """Columns of the mixture under dense, top-1 and top-2 routing; its own `top_k` is put back."""
@@ -60,10 +57,10 @@ class Measurement:
 
     def routing(self, mixture: DyLoraMoE) -> dict[str, dict[str, Any]]:
         """Per domain: load, entropy, mean largest weight and co-activation of the experts, on a sample."""
-        result = {}
+        result, how = {}, {"batch_size": self.settings.batch_size, "chat": self.settings.chat}
         for domain, examples in by_domain(self.test).items():
             with mixture.trace() as trace:
-                completion_loss(mixture, self.tokenizer, examples[:ROUTED_SAMPLE], **self._options())
+                completion_loss(mixture, self.tokenizer, examples[:ROUTED_SAMPLE], **how)
             result[domain] = {"load": trace.load(), **_sharpness(trace)}
         return result
 
@@ -74,16 +71,13 @@ class Measurement:
             return None
         return self._answers(mixture, sample, "saved") == self._answers(other, sample, "reloaded")
 
-    def _answers(self, model: Any, test: list[Example], title: str, **force: Any) -> list[str]:
+    def _answers(self, model: Any, test: list[Example], title: str) -> list[str]:
+        how = {"batch_size": self.settings.batch_size, "max_new_tokens": self.settings.max_new_tokens}
         texts: list[str] = []
         with self._bar(title, len(test)) as progress:
             for examples in by_domain(test).values():
-                options = {**self._options(), **force, "max_new_tokens": self.recipe.eval.max_new_tokens}
-                texts += answers(model, self.tokenizer, examples, progress=progress, **options)
+                texts += answers(model, self.tokenizer, examples, chat=self.settings.chat, progress=progress, **how)
         return texts
-
-    def _options(self) -> dict[str, Any]:
-        return {"batch_size": self.recipe.eval.batch_size, "chat": self.recipe.base.chat}
 
     @contextmanager
     def _bar(self, title: str, total: int) -> Iterator[Any]:
@@ -94,7 +88,7 @@ class Measurement:
 
 
 def _sharpness(trace: RoutingTrace) -> dict[str, Any]:
-    tokens = torch.cat([weights[mask] for weights, mask in zip(trace.passes, trace._masks, strict=True)])
+    tokens = torch.cat([weights[mask] for weights, mask in zip(trace.passes, trace.masks, strict=True)])
     active = (tokens > 0).double()
     together = (active.T @ active / max(len(tokens), 1)).tolist()
     names = trace.names[: tokens.shape[-1]]

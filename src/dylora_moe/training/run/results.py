@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+COLUMNS = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}
+"""Columns of the held-out results → their titles, in the order in which they are shown."""
+
 
 @dataclass
 class Results:
     """What a run measured.
 
     Attributes:
-        metric: `exact_match` (shares) or `loss` (nats per completion token).
-        columns: column (`base`, `mixture` for dense weights, `top1`, `top2`, `single`) → domain → value.
+        metric: a row of `evaluation.metrics.METRICS`.
+        columns: column (a key of `COLUMNS`) → domain → value.
         load: domain → expert → share of the tokens, under the default routing.
         routing: domain → entropy, mean largest weight and co-activation, under the default routing.
         reloaded_identical: whether the saved checkpoint, loaded again, gave the same answers.
