@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.training.recipe.recipe import Recipe, parse_recipe
+from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.run.build import build_mixture, load_base
 from dylora_moe.training.run.folder import is_finished
 from dylora_moe.training.run.job import Job

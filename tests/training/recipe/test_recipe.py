@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dylora_moe.training.recipe.recipe import RecipeError, apply_overrides, load_recipe, parse_recipe
+from dylora_moe.schema import RecipeError
+from dylora_moe.training.recipe.recipe import apply_overrides, load_recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from dylora_moe.data.examples import Example
-from dylora_moe.training.recipe.recipe import RecipeError, parse_recipe
+from dylora_moe.schema import RecipeError
+from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.run.build import load_recipe_examples
 
 GOOD = {"prompt": "p", "completion": "c"}

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.report.terminal import results_tables
 from dylora_moe.schema import RecipeError
-from dylora_moe.training.recipe.recipe import Recipe, load_recipe, parse_recipe
+from dylora_moe.training.recipe.recipe import load_recipe, parse_recipe
+from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.run.folder import differences
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.run.lock import FolderLock
 from dylora_moe.training.run.plan import plan
-from dylora_moe.training.run.stages import stages_of
 from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
 from tinybase import save_tiny_base
 
@@ -42,7 +42,7 @@ def content(base, tmp_path):
 
 
 def stage_names(content: dict) -> list[str]:
-    return [stage.name for stage in stages_of(parse_recipe(content))]
+    return [stage.name for stage in parse_recipe(content).stages]
 
 
 def test_stages_of_every_method(content):
@@ -74,7 +74,7 @@ def test_staged_trains_each_expert_alone_then_the_router(content, tmp_path):
     assert not any("router/balance" in row for row in rows if row["stage"] != "router")
     assert any("router/load/cart" in row for row in rows if row["stage"] == "router")
     model = DyLoraMoE.from_pretrained(str(tmp_path / "run"))
-    assert not model._frozen_experts
+    assert not model.frozen_experts
 
 
 def test_stages_do_not_hang_on_one_another(content, tmp_path):
@@ -143,7 +143,7 @@ def test_expert_method_goes_on_with_one_expert_of_a_mixture(content, tmp_path):
         assert torch.equal(value, after[key]) == (not key.startswith("cart")), key
     model = DyLoraMoE.from_pretrained(str(tmp_path / "second"))
     assert model.moe_config.top_k == 1
-    assert not model._frozen_experts  # what the recipe does not name is as it was, for the next training as well
+    assert not model.frozen_experts  # what the recipe does not name is as it was, for the next training as well
 
 
 def test_a_started_mixture_gains_an_expert(content, tmp_path, base):
@@ -168,7 +168,7 @@ def test_new_and_imported_experts_side_by_side(content, tmp_path):
     run(second)
     before, after = tensors(tmp_path / "first"), tensors(tmp_path / "second")
     assert all(torch.equal(value, after[key]) for key, value in before.items() if key.startswith("date"))
-    assert DyLoraMoE.from_pretrained(str(tmp_path / "second"))._frozen_experts == {"date"}
+    assert DyLoraMoE.from_pretrained(str(tmp_path / "second")).frozen_experts == {"date"}
 
 
 def test_validation_rows_are_held_out_and_the_best_model_is_chosen(content, tmp_path):

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
-from dylora_moe.sharding import gather, is_sharded, whole
+from dylora_moe.sharding import is_sharded, whole
 from dylora_moe.training.trainer.checkpoints import Interrupted, last_complete, restore
 from dylora_moe.training.trainer.distributed import leave_rank
 from dylora_moe.training.trainer.trainer import MoETrainer
@@ -161,7 +161,7 @@ def resumed(folder: Path) -> dict:
 
 
 def state(model: DyLoraMoE) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in gather(model).items()}
+    return {name: tensor.clone() for name, tensor in model.gathered().items()}
 
 
 def outputs(model: DyLoraMoE) -> torch.Tensor:

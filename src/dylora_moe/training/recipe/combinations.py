@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dylora_moe.schema import RecipeError
 
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .methods import METHODS
+from .sections import Recipe
 
 INTEGRATIONS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab", "dvclive", "clearml")
 """Values of `report_to` whose package has the same name."""
@@ -34,8 +34,6 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
         for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     )
     evaluates = arguments.get("eval_strategy", "no") != "no"
-    trained = [name for name in recipe.data if not recipe.experts[name].frozen]
-    imported = recipe.start is not None or any(expert.adapter for expert in recipe.experts.values())
     taken = next((name for name in recipe.experts if name in RUN_ENTRIES), None)
     missing = _missing_integrations(arguments.get("report_to"))
     fsdp = arguments.get("fsdp_config") or {}
@@ -100,22 +98,6 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}.",
         ),
         (
-            "experts",
-            train.method == "joint" and not trained,
-            "none has data and may be trained. Give an expert `data`, or use `method: router`.",
-        ),
-        (
-            "train.method",
-            train.method == "router" and not recipe.data,
-            "the router learns from examples. Give at least one expert `data`.",
-        ),
-        (
-            "train.method",
-            train.method == "router" and not imported,
-            "`method: router` leaves the experts as they are, and new ones do nothing yet. Give an expert an "
-            "`adapter`, go on with a mixture (`start`), or use `method: staged`.",
-        ),
-        (
             f"experts.{taken}",
             taken,
             "a run's folder has an entry of this name for itself, and the expert's folder lies beside it. Choose "
@@ -128,19 +110,14 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "are small.",
         ),
         (
-            f"experts.{train.expert}",
-            train.method == "expert" and train.expert not in trained,
-            "`method: expert` trains it, so it needs `data` and must not be frozen.",
-        ),
-        (
-            "experts",
-            train.method == "staged" and not trained,
-            "none has data and may be trained, so there is no first stage. Use `method: router`.",
-        ),
-        (
             "eval.baseline",
-            recipe.eval.baseline and imported,
+            recipe.eval.baseline and recipe.roster.imported,
             "a single LoRA trained from nothing is no fair match for experts that were trained before.",
+        ),
+        *(
+            (key, train.method == name and excluded, reason)
+            for name, method in METHODS.items()
+            for key, excluded, reason in method.exclusions(train, recipe.roster)
         ),
     ]
 

@@ -14,37 +14,17 @@ Unknown keys are errors that name the nearest valid key.
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dylora_moe.data.section import DataRecipe
-from dylora_moe.evaluation.metrics import METRICS
-from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
+from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, parse_yaml
 
 from .bounds import check_arguments
 from .combinations import check_combinations
-from .sections import BaseRecipe, EvalRecipe, ExpertRecipe, TrainRecipe
-
-if TYPE_CHECKING:
-    from dylora_moe.config import MoELoraConfig
-
-__all__ = [
-    "BaseRecipe",
-    "DataRecipe",
-    "EvalRecipe",
-    "ExpertRecipe",
-    "Recipe",
-    "RecipeError",
-    "TrainRecipe",
-    "apply_overrides",
-    "load_recipe",
-    "parse_recipe",
-]
+from .sections import BaseRecipe, ExpertRecipe, Recipe, TrainRecipe
 
 # Settings of the libraries that a recipe decides elsewhere, and where.
 _MIXTURE_ELSEWHERE = {
@@ -71,98 +51,6 @@ _TRAIN_ELSEWHERE = {
     "chat_template_path": "the chat template is the base's; set `base.chat`",
     "eos_token": "it is the base's",
 }
-
-SECRETS = ("hub_token", "push_to_hub_token")
-"""Fields of `SFTConfig` that are never written or shown."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A whole run. `mixture` holds fields of `MoELoraConfig`; `mixture_config()` is the object itself.
-
-    Args:
-        experts: name → expert.
-        start: checkpoint of a mixture to go on with; its experts stay, and those that only `experts` names are added.
-        output: folder of the run and of the resulting checkpoint.
-        seed: of data, weights and training.
-    """
-
-    experts: dict[str, ExpertRecipe]
-    base: BaseRecipe = field(default_factory=BaseRecipe)
-    start: str | None = None
-    mixture: dict[str, Any] = field(default_factory=dict)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
-    eval: EvalRecipe = field(default_factory=EvalRecipe)
-    output: str = "runs/mixture"
-    seed: int = 0
-
-    def __post_init__(self):
-        if not self.experts:
-            raise ValueError("experts: none given; name at least one, each with its data.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: must be 0 or more, and below 2**32.")
-        if not self.output.strip():
-            raise ValueError("output: empty; give a folder.")
-        object.__setattr__(self, "output", os.path.expanduser(self.output))
-        if self.base.model is None and self.start is None:
-            object.__setattr__(self, "base", dataclasses.replace(self.base, model="embedded"))
-        expert = self.train.expert
-        if expert is not None and expert not in self.experts:
-            raise ValueError(f"train.expert: no expert {expert!r} in `experts`.{nearest(expert, self.experts)}")
-        for name, data in self.data.items():
-            for form in set(data.columns) & {"messages", "text"}:
-                self.check_form(name, form, data.has_test)
-
-    @property
-    def data(self) -> dict[str, DataRecipe]:
-        """The data of the experts that have any."""
-        return {name: expert.data for name, expert in self.experts.items() if expert.data is not None}
-
-    def check_form(self, name: str, form: str, held_out: bool) -> None:
-        """Whether an expert's data can have this form under the recipe's settings.
-
-        Args:
-            name: the expert.
-            form: `messages`, `prompt` or `text`.
-            held_out: whether held-out data has it, too.
-
-        Raises:
-            RecipeError: it cannot; the message names the setting to change.
-        """
-        where = f"experts.{name}.data"
-        if form == "messages" and not self.base.chat:
-            raise RecipeError(f"{where}: chat messages need a chat template; set base.chat: true.")
-        if form == "text" and self.mixture.get("granularity") == "sequence":
-            raise RecipeError(
-                f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
-                "mixture.granularity: token."
-            )
-        if form == "text" and held_out and METRICS[self.eval.metric].generates:
-            others = " or ".join(name for name, metric in METRICS.items() if not metric.generates)
-            raise RecipeError(
-                f"{where}: eval.metric={self.eval.metric} compares answers to prompts, which plain text does not have; "
-                f"set eval.metric: {others}."
-            )
-
-    def mixture_config(self) -> MoELoraConfig:
-        """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
-
-        Raises:
-            RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
-        """
-        from dylora_moe.config import MoELoraConfig
-
-        try:
-            return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"mixture: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: every default of its own keys, paths as found, no secrets."""
-        data = dataclasses.asdict(self)
-        arguments = data["train"].pop("arguments")
-        data["train"].update({key: value for key, value in arguments.items() if key not in SECRETS})
-        return {key: data[key] for key in ("base", "start", "experts", "mixture", "train", "eval", "output", "seed")}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -1,16 +1,24 @@
-"""The sections of a recipe as dataclasses: base, one expert and its data, training, evaluation."""
+"""A recipe and its sections as dataclasses: base, one expert and its data, training, evaluation."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dylora_moe.config import MoELoraConfig
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Mixing, TooLong
 from dylora_moe.data.section import DataRecipe
 from dylora_moe.evaluation.metrics import DEFAULT_METRIC, METRICS
-from dylora_moe.schema import at_least, choice
-from dylora_moe.training.trainer.schedule import TwoPhase
+from dylora_moe.schema import RecipeError, at_least, choice, nearest
+
+from .methods import METHODS, Roster, Stage, Way
+
+SECRETS = ("hub_token", "push_to_hub_token")
+"""Fields of `SFTConfig` that are never written or shown."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +61,40 @@ class ExpertRecipe:
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """How to train. In YAML any field of `trl.SFTConfig` may stand beside these keys.
+class TwoPhase:
+    """A learning rate for new skills: high-rate seeding, then low-rate consolidation.
+
+    The result is a multiplier on each parameter group's own rate, so that router and experts keep their ratio.
 
     Args:
-        method: `joint` trains experts and router together on mixed data; `staged` first trains each expert by itself on
-            its own examples, then the router with the experts frozen, then (with `joint_steps`) all together; `router`
-            trains the router only, for experts from elsewhere; `expert` goes on training one expert, all else frozen.
-        expert: which one (`method: expert`).
-        expert_steps: optimizer steps of each expert's stage (`staged`).
-        router_steps: of the router's stage (`staged`).
-        joint_steps: of the closing joint stage (`staged`); default none.
+        seeding: share of the steps at the full rate (warm-up included), between 0 and 1.
+        consolidation: multiplier of the rate in the steps after that, above 0 and at most 1.
+    """
+
+    seeding: float = 0.3
+    consolidation: float = 0.1
+
+    def __post_init__(self):
+        if not 0 < self.seeding < 1:
+            raise ValueError(f"seeding={self.seeding}: a share of the steps, between 0 and 1.")
+        if not 0 < self.consolidation <= 1:
+            raise ValueError(f"consolidation={self.consolidation}: a multiplier above 0 and at most 1.")
+
+    def multiplier(self, step: int, total: int, warmup: int = 0) -> float:
+        """The multiplier of optimizer step `step` (from 0) of `total`, after a linear warm-up of `warmup` steps."""
+        if step < warmup:
+            return step / warmup
+        return 1.0 if step < self.seeding * total else self.consolidation
+
+
+@dataclass(frozen=True)
+class TrainRecipe(Way):
+    """How to train. In YAML any field of `trl.SFTConfig` may stand beside these keys and those of `Way`.
+
+    Args:
         router_learning_rate: learning rate of the router; default the one of the experts.
         router_weight_decay: weight decay of the router; default the one of the experts.
-        two_phase: learning rate in two phases in place of `lr_scheduler_type`, see `schedule.TwoPhase`.
+        two_phase: learning rate in two phases in place of `lr_scheduler_type`, see `TwoPhase`.
         temperature_start: router temperature of the first step, cooled to `mixture.temperature`; default constant.
         temperature_share: share of the steps after which it has cooled.
         domain_coefficient: weight of the router's cross-entropy towards the expert whose data an example is; 0
@@ -76,7 +104,7 @@ class TrainRecipe:
         early_stopping_patience: stop after so many evaluations in a row without a lower evaluation loss.
         early_stopping_threshold: how much lower counts.
         collapse_steps: warn when an expert has had a load under 1 % for so many steps in a row.
-        mixing: how many examples of each expert's data make an epoch, see `data.mix`: `proportional` to its size,
+        mixing: how many examples of each expert's data make an epoch, see `examples.mix`: `proportional` to its size,
             `equal`, or between the two by `temperature`.
         mixing_temperature: of `mixing: temperature`, default 2; 1 is proportional, the higher the more equal.
         too_long: what to do with examples beyond `max_length` (or the base's context): `error`, `drop` or
@@ -84,11 +112,6 @@ class TrainRecipe:
         arguments: the fields of `trl.SFTConfig` that the recipe sets.
     """
 
-    method: Literal["joint", "staged", "router", "expert"] = "joint"
-    expert: str | None = None
-    expert_steps: int | None = None
-    router_steps: int | None = None
-    joint_steps: int | None = None
     router_learning_rate: float | None = None
     router_weight_decay: float | None = None
     two_phase: TwoPhase | None = None
@@ -126,22 +149,17 @@ class TrainRecipe:
             raise ValueError(
                 f"mixing_temperature={self.mixing_temperature} is for `mixing: temperature`, not {self.mixing}."
             )
-        if self.method != "staged":
-            for key in ("expert_steps", "router_steps", "joint_steps"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is for `method: staged`; with `{self.method}` set `max_steps`.")
-        elif self.expert_steps is None or self.router_steps is None:
-            raise ValueError("`method: staged` needs expert_steps and router_steps.")
-        elif "max_steps" in self.arguments:
-            raise ValueError("max_steps is not used by `method: staged`; set expert_steps, router_steps, joint_steps.")
-        if (self.method == "expert") != (self.expert is not None):
-            raise ValueError(
-                f"expert={self.expert!r} with `method: {self.method}`: `expert: NAME` and `method: expert` go together."
-            )
-        if self.method == "expert":
+        super().__post_init__()
+        method = METHODS[self.method]
+        if method.counts_steps and "max_steps" in self.arguments:
+            keys = ", ".join(method.keys)
+            raise ValueError(f"max_steps is not used by `method: {self.method}`; set {keys}.")
+        if not method.trains_router:
             for key in ("domain_coefficient", "router_learning_rate", "router_weight_decay", "temperature_start"):
                 if getattr(self, key):
-                    raise ValueError(f"{key} is for the router, which `method: expert` does not train; leave it out.")
+                    raise ValueError(
+                        f"{key} is for the router, which `method: {self.method}` does not train; leave it out."
+                    )
         if self.two_phase is not None and "lr_scheduler_type" in self.arguments:
             raise ValueError("two_phase and lr_scheduler_type both set the learning rate's schedule; keep one.")
 
@@ -168,3 +186,102 @@ class EvalRecipe:
     def __post_init__(self):
         for key in ("samples", "batch_size", "max_new_tokens"):
             at_least(self, key, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `mixture` holds fields of `MoELoraConfig`; `mixture_config()` is the object itself.
+
+    Args:
+        experts: name → expert.
+        start: checkpoint of a mixture to go on with; its experts stay, and those that only `experts` names are added.
+        output: folder of the run and of the resulting checkpoint.
+        seed: of data, weights and training.
+    """
+
+    experts: dict[str, ExpertRecipe]
+    base: BaseRecipe = field(default_factory=BaseRecipe)
+    start: str | None = None
+    mixture: dict[str, Any] = field(default_factory=dict)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
+    output: str = "runs/mixture"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.experts:
+            raise ValueError("experts: none given; name at least one, each with its data.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: must be 0 or more, and below 2**32.")
+        if not self.output.strip():
+            raise ValueError("output: empty; give a folder.")
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
+        if self.base.model is None and self.start is None:
+            object.__setattr__(self, "base", dataclasses.replace(self.base, model="embedded"))
+        expert = self.train.expert
+        if expert is not None and expert not in self.experts:
+            raise ValueError(f"train.expert: no expert {expert!r} in `experts`.{nearest(expert, self.experts)}")
+        for name, data in self.data.items():
+            for form in set(data.columns) & {"messages", "text"}:
+                self.check_form(name, form, data.has_test)
+
+    @property
+    def data(self) -> dict[str, DataRecipe]:
+        """The data of the experts that have any."""
+        return {name: expert.data for name, expert in self.experts.items() if expert.data is not None}
+
+    def check_form(self, name: str, form: str, held_out: bool) -> None:
+        """Whether an expert's data can have this form under the recipe's settings.
+
+        Args:
+            name: the expert.
+            form: `messages`, `prompt` or `text`.
+            held_out: whether held-out data has it, too.
+
+        Raises:
+            RecipeError: it cannot; the message names the setting to change.
+        """
+        where = f"experts.{name}.data"
+        if form == "messages" and not self.base.chat:
+            raise RecipeError(f"{where}: chat messages need a chat template; set base.chat: true.")
+        if form == "text" and self.mixture.get("granularity") == "sequence":
+            raise RecipeError(
+                f"{where}: mixture.granularity=sequence routes by the prompt, which plain text does not have; set "
+                "mixture.granularity: token."
+            )
+        if form == "text" and held_out and METRICS[self.eval.metric].generates:
+            others = " or ".join(name for name, metric in METRICS.items() if not metric.generates)
+            raise RecipeError(
+                f"{where}: eval.metric={self.eval.metric} compares answers to prompts, which plain text does not have; "
+                f"set eval.metric: {others}."
+            )
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What is trained, in the order in which it is."""
+        return METHODS[self.train.method].stages(self.train, self.roster)
+
+    @property
+    def roster(self) -> Roster:
+        """The experts, as a way of training sees them."""
+        free = tuple(name for name, expert in self.experts.items() if not expert.frozen)
+        imported = self.start is not None or any(expert.adapter for expert in self.experts.values())
+        return Roster(tuple(self.data), free, imported)
+
+    def mixture_config(self) -> MoELoraConfig:
+        """The `MoELoraConfig` that `mixture` and the names in `experts` describe.
+
+        Raises:
+            RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
+        """
+        try:
+            return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"mixture: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values: every default of its own keys, paths as found, no secrets."""
+        data = dataclasses.asdict(self)
+        arguments = data["train"].pop("arguments")
+        data["train"].update({key: value for key, value in arguments.items() if key not in SECRETS})
+        return {key: data[key] for key in ("base", "start", "experts", "mixture", "train", "eval", "output", "seed")}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from trl import SFTConfig
 
-from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.recipe.sections import Recipe
 
 DEFAULT_ARGUMENTS = {
     "learning_rate": 1e-3,

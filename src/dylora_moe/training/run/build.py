@@ -14,7 +14,7 @@ from dylora_moe.data.sources import load_examples
 from dylora_moe.embedded import resolve_base
 from dylora_moe.files import CheckpointError, local_folder, read_json
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.recipe.sections import Recipe
 
 
 def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list[Example]]:

@@ -28,11 +28,11 @@ from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adap
 from dylora_moe.files import CheckpointError, read_json
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError
-from dylora_moe.training.recipe.recipe import SECRETS, Recipe
+from dylora_moe.training.recipe.methods import Stage
+from dylora_moe.training.recipe.sections import SECRETS, Recipe
 from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 
 from .lock import FolderLock
-from .stages import Stage
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"

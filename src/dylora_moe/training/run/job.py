@@ -22,7 +22,8 @@ from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.recipe.methods import Stage
+from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.trainer.callbacks import ProgressBar
 from dylora_moe.training.trainer.checkpoints import last_complete
 from dylora_moe.training.trainer.distributed import one_device
@@ -35,7 +36,7 @@ from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_f
 from .lock import FolderLock
 from .measure import Measurement
 from .results import Results
-from .stages import Stage, stages_of, thaw
+from .stages import set_trainable, thaw
 
 PARENT_VARIABLE = "DYLORA_MOE_PARENT"
 """Environment variable of a stage's job: the id of the process that started it and holds the run's lock."""
@@ -55,7 +56,7 @@ class Job:
         self.recipe, self.console = recipe, console or Console(emoji=False)
         self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.folder = RunFolder(recipe, self.world_size)
-        self.stages = stages_of(recipe)
+        self.stages = recipe.stages
         self.results = Results(recipe.eval.metric, str(self.folder.path))
 
     @property
@@ -278,7 +279,7 @@ class Job:
         load_finished(mixture, self.folder.stage(stage), stage)
 
     def _trainer(self, mixture: DyLoraMoE, stage: Stage) -> MoETrainer:
-        stage.set_trainable(mixture)
+        set_trainable(mixture, stage)
         settings = self.recipe.train
         options: dict[str, Any] = {"force_domains": True}
         callbacks: list[TrainerCallback] = []

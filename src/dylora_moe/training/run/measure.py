@@ -16,7 +16,7 @@ from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss
 from dylora_moe.evaluation.metrics import METRICS, Settings
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.trace import RoutingTrace
-from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.recipe.sections import Recipe
 
 ROUTED_SAMPLE = 32
 """Examples per domain whose routing is recorded."""

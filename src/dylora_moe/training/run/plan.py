@@ -14,12 +14,12 @@ from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUs
 
 from dylora_moe.embedded import resolve_base
 from dylora_moe.trace import ParameterReport
-from dylora_moe.training.recipe.recipe import Recipe
+from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.trainer.collator import DOMAIN
 
 from .build import base_name, build_mixture
 from .job import Job
-from .stages import thaw
+from .stages import set_trainable, thaw
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(recipe: Recipe) -> Plan:
     frozen, stages = set(mixture._frozen_experts), []
     for stage in job.stages:
         arguments = job.arguments(stage)
-        stage.set_trainable(mixture)
+        set_trainable(mixture, stage)
         dataset = job.dataset(stage.domains)
         lengths = [min(len(ids), arguments.max_length or len(ids)) for ids in dataset["input_ids"]]
         rows = _packed_rows(dataset, arguments) if arguments.packing and arguments.max_length else len(dataset)

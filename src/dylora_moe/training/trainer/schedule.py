@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from dylora_moe.model import DyLoraMoE
+from dylora_moe.model import DyLoraMoE
+from dylora_moe.training.recipe.sections import TwoPhase
 
 
-@dataclass(frozen=True)
-class TwoPhase:
-    """A learning rate for new skills: high-rate seeding, then low-rate consolidation.
-
-    The result is a multiplier on each parameter group's own rate, so that router and experts keep their ratio.
-
-    Args:
-        seeding: share of the steps at the full rate (warm-up included), between 0 and 1.
-        consolidation: multiplier of the rate in the steps after that, above 0 and at most 1.
-    """
-
-    seeding: float = 0.3
-    consolidation: float = 0.1
-
-    def __post_init__(self):
-        if not 0 < self.seeding < 1:
-            raise ValueError(f"seeding={self.seeding}: a share of the steps, between 0 and 1.")
-        if not 0 < self.consolidation <= 1:
-            raise ValueError(f"consolidation={self.consolidation}: a multiplier above 0 and at most 1.")
-
-    def multiplier(self, step: int, total: int, warmup: int = 0) -> float:
-        """The multiplier of optimizer step `step` (from 0) of `total`, after a linear warm-up of `warmup` steps."""
-        if step < warmup:
-            return step / warmup
-        return 1.0 if step < self.seeding * total else self.consolidation
-
-    def scheduler(self, optimizer: Optimizer, total: int, warmup: int = 0) -> LambdaLR:
-        """The scheduler of a run of `total` steps."""
-        return LambdaLR(optimizer, lambda step: self.multiplier(step, total, warmup))
+def two_phase_scheduler(phases: TwoPhase, optimizer: Optimizer, total: int, warmup: int = 0) -> LambdaLR:
+    """The scheduler of a run of `total` steps, a multiplier on every parameter group's own rate."""
+    return LambdaLR(optimizer, lambda step: phases.multiplier(step, total, warmup))
 
 
 class TemperatureSchedule(TrainerCallback):

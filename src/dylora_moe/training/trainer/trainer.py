@@ -23,7 +23,7 @@ from dylora_moe import routing
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes import RouterRecord
-from dylora_moe.sharding import gather
+from dylora_moe.training.recipe.sections import TwoPhase
 
 from .callbacks import StarvedExperts
 from .checkpoints import (
@@ -52,7 +52,7 @@ from .distributed import (
     shard_router,
     times_processes,
 )
-from .schedule import TwoPhase
+from .schedule import two_phase_scheduler
 from .token_means import TokenWeightedEvaluation, unwrap_autocast, unwrap_head
 
 
@@ -234,7 +234,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=gather(self.mixture))  # super() would gather the base as well
+        self._save(output_dir, state_dict=self.mixture.gathered())  # super() would gather the base as well
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -277,8 +277,8 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.two_phase is not None and self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = self.two_phase.scheduler(
-                cast(Any, optimizer or self.optimizer), num_training_steps, warmup
+            self.lr_scheduler = two_phase_scheduler(
+                self.two_phase, cast(Any, optimizer or self.optimizer), num_training_steps, warmup
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
