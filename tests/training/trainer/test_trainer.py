@@ -11,8 +11,9 @@ from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.routing import load
-from dylora_moe.training.trainer.trainer import MoETrainer, mean_over_processes, unwrap_head
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
+from trainers import run
 
 ROWS = [{"prompt": f"ask {i}", "completion": " yes" * (1 + i % 3), "domain": ("a", "b")[i % 2]} for i in range(8)]
 
@@ -238,9 +239,10 @@ def test_training_leaves_the_base_as_it_was(tmp_path):
     model = mixture()
     base = model.get_base_model()
     before = {name: value.clone() for name, value in tiny_base().state_dict().items()}
-    one_step(tmp_path, model, {"per_device_train_batch_size": 8, "learning_rate": 1e-2})
+    _, trainer = one_step(tmp_path, model, {"per_device_train_batch_size": 8, "learning_rate": 1e-2})
     assert "forward" not in base.__dict__
-    assert model._records is None
+    model(torch.arange(6).view(1, 6))
+    assert trainer.router_losses.records == []  # nothing is recorded after the training
     bare = model.unload()
     assert all(torch.equal(value, before[name]) for name, value in bare.state_dict().items())
 
@@ -286,14 +288,50 @@ def test_trainer_refuses_other_models(tmp_path):
         MoETrainer(tiny_base(), args=arguments(tmp_path))
 
 
-def test_mean_over_processes_is_the_masked_mean_in_one_process():
-    values, mask = torch.randn(3, 4, 2), torch.rand(3, 4) > 0.4
-    torch.testing.assert_close(mean_over_processes(values, mask), load(values, mask))
-    torch.testing.assert_close(mean_over_processes(values, None), load(values))
+def test_packing_equals_unpacked_on_the_same_tokens(tmp_path):
+    def step(packed: bool):
+        packing = {"packing": True, "max_length": 64} if packed else {}
+        trainer = run(
+            tmp_path / str(packed),
+            max_steps=1,
+            per_device_train_batch_size=16,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            trainer={"domain_coefficient": 0.5},
+            **packing,
+        )
+        grads = {}
+        optimizer_step = trainer.create_optimizer().step
+        trainer.optimizer.step = lambda *args, **kwargs: (
+            grads.update({n: p.grad.clone() for n, p in trainer.mixture.named_parameters() if p.grad is not None}),
+            optimizer_step(*args, **kwargs),
+        )
+        trainer.train()
+        return grads, trainer
+
+    (packed, trainer), (plain, other) = step(True), step(False)
+    assert len(trainer.train_dataset) < len(other.train_dataset)
+    assert set(trainer.train_dataset["domain"]) == {"a", "b"}
+    assert packed.keys() == plain.keys()
+    assert len(packed) > 10
+    for name, grad in plain.items():
+        torch.testing.assert_close(packed[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+    for key in ("loss", "aux_loss", "router/domain_loss", "router/load/a"):
+        logged = [next(row[key] for row in t.state.log_history if key in row) for t in (trainer, other)]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-4), key
 
 
-def test_unwrap_head_takes_every_wrapper_off():
-    model = mixture()
-    model.get_base_model().forward = lambda: None
-    unwrap_head(model)
-    assert "forward" not in model.get_base_model().__dict__
+def test_forced_rows_of_several_domains_cannot_share_a_packed_row(tmp_path):
+    trainer = run(tmp_path, padding_free=True, max_length=None, trainer={"force_domains": True})
+    with pytest.raises(ValueError, match="holds several domains"):
+        trainer.train()
+
+
+def test_router_weight_decay_and_rate_are_its_own(tmp_path):
+    trainer = run(tmp_path, weight_decay=0.1, trainer={"router_weight_decay": 0.0, "router_learning_rate": 0.5})
+    groups = trainer.create_optimizer().param_groups
+    router = {id(p) for p in trainer.mixture.router.parameters()}
+    own = [g for g in groups if any(id(p) in router for p in g["params"])]
+    assert [(g["weight_decay"], g["lr"]) for g in own] == [(0.0, 0.5)]
+    assert {id(p) for p in own[0]["params"]} == router
+    assert any(g["weight_decay"] == 0.1 and g["params"] for g in groups)

@@ -1,6 +1,6 @@
 """One of several training processes: `torchrun worker.py FOLDER CHECK…` writes what each check found into FOLDER.
 
-Started by test_processes.py, which runs the same checks in one process and compares.
+Started by test_distributed.py, which runs the same checks in one process and compares.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
 def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
     """A single LoRA on the mixture's layers whose rank is the sum of the experts' and whose scaling is the same."""
     config = mixture.moe_config
-    targets = sorted({layer.routing_name for layer in mixture._layers})
+    targets = sorted({layer.routing_name for layer in mixture.routed_layers})
     total = sum(mixture.lora_config(name).r for name in mixture.expert_names)
     return config.expert_config(
         r=total,

@@ -205,7 +205,7 @@ def load_finished(mixture: DyLoraMoE, folder: Path, stage: Stage) -> None:
         return
     base: Any = mixture.get_base_model()
     for name in stage.experts:
-        mixture._load_expert(name, read_adapter(trained / name, base, name).tensors)
+        mixture.load_expert(name, read_adapter(trained / name, base, name).tensors)
 
 
 def write(file: Path, text: str) -> None:

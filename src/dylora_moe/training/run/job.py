@@ -243,7 +243,7 @@ class Job:
         base = load_base(self.recipe)
         set_seed(self.recipe.seed)
         mixture = build_mixture(self.recipe, base)
-        self.frozen = set(mixture._frozen_experts)
+        self.frozen = set(mixture.frozen_experts)
         return mixture
 
     def _run_stage(

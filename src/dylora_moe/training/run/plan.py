@@ -72,7 +72,7 @@ def plan(recipe: Recipe) -> Plan:
     config = AutoConfig.from_pretrained(resolve_base(base_name(recipe)))
     with torch.device("meta"):
         mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config))
-    frozen, stages = set(mixture._frozen_experts), []
+    frozen, stages = set(mixture.frozen_experts), []
     for stage in job.stages:
         arguments = job.arguments(stage)
         set_trainable(mixture, stage)

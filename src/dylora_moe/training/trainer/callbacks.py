@@ -1,8 +1,9 @@
-"""Watching a run: a progress bar with the live loss, and a warning when an expert starves."""
+"""Watching a run: a progress bar with the live loss, its speed, and a warning when an expert starves."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +66,23 @@ class ProgressBar(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class Speed:
+    """Tokens per second from one reading to the next."""
+
+    def __init__(self) -> None:
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        """Count from here; `tokens` were seen so far."""
+        self.since, self.tokens = time.perf_counter(), tokens
+
+    def read(self, tokens: int) -> float:
+        """The speed since the last reading, now that `tokens` were seen in all; the next one counts from here."""
+        since, before = self.since, self.tokens
+        self.restart(tokens)
+        return round((tokens - before) / max(self.since - since, 1e-9), 1)
 
 
 class StarvedExperts:

@@ -18,22 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTTrainer
 
 from dylora_moe.checkpoint import ROUTER_FILE, CheckpointError, read_adapter, read_router
 from dylora_moe.files import read_json
+from dylora_moe.model import DyLoraMoE
 from dylora_moe.sharding import reshard, shard_like
 
+from .callbacks import Speed, StarvedExperts
 from .distributed import greatest
-
-if TYPE_CHECKING:
-    from dylora_moe.model import DyLoraMoE
-
-    from .trainer import MoETrainer
 
 COMPLETE_FILE = "complete"
 AVERAGES_FILE = "trainer_averages.json"
@@ -125,13 +123,13 @@ def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
     router = read_router(folder / ROUTER_FILE, mixture.router)
     reshard(mixture)
     for name, adapter in adapters.items():
-        mixture._load_expert(name, adapter.tensors)
+        mixture.load_expert(name, adapter.tensors)
     with torch.no_grad():
         for name, parameter in mixture.router.named_parameters():
             parameter.copy_(shard_like(router[name], parameter))
 
 
-def save_averages(trainer: MoETrainer, folder: Path) -> None:
+def save_averages(trainer: SFTTrainer, starved: StarvedExperts, folder: Path) -> None:
     """Keep the averages that a trainer is in the middle of; every process takes part, the first one writes."""
     losses = cast(torch.Tensor, trainer.accelerator.gather(trainer._tr_loss.double().reshape(1))).tolist()
     if not trainer.args.should_save:
@@ -141,7 +139,7 @@ def save_averages(trainer: MoETrainer, folder: Path) -> None:
         "total_train_tokens": trainer._total_train_tokens,
         "loss_since_log": losses,  # of each process
         "last_logged": trainer._globalstep_last_logged,
-        "starved": trainer.starved.steps,
+        "starved": starved.steps,
         "patience_used": [callback.early_stopping_patience_counter for callback in _early_stopping(trainer)],
     }
     (folder / AVERAGES_FILE).write_text(json.dumps(averages), encoding="utf-8")
@@ -150,8 +148,8 @@ def save_averages(trainer: MoETrainer, folder: Path) -> None:
 class RestoreAverages(TrainerCallback):
     """Puts the averages of a checkpoint back once a resumed trainer has cleared its own."""
 
-    def __init__(self, trainer: MoETrainer, folder: Path):
-        self.trainer, self.file = trainer, folder / AVERAGES_FILE
+    def __init__(self, trainer: SFTTrainer, starved: StarvedExperts, speed: Speed, folder: Path):
+        self.trainer, self.starved, self.speed, self.file = trainer, starved, speed, folder / AVERAGES_FILE
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         with naming_damage(self.file.parent, "averages"):
@@ -160,17 +158,17 @@ class RestoreAverages(TrainerCallback):
         for mode, values in averages["metrics"].items():
             trainer._metrics[mode].update(values)
         trainer._total_train_tokens = averages["total_train_tokens"]
-        trainer._speed = (time.perf_counter(), trainer._total_train_tokens)
+        self.speed.restart(trainer._total_train_tokens)
         losses = averages["loss_since_log"]
         own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
         trainer._tr_loss = torch.tensor(own, device=trainer._tr_loss.device).to(trainer._tr_loss.dtype)
         trainer._globalstep_last_logged = averages["last_logged"]
-        trainer.starved.steps = averages["starved"]
+        self.starved.steps = averages["starved"]
         for callback, used in zip(_early_stopping(trainer), averages["patience_used"], strict=False):
             callback.early_stopping_patience_counter = used
 
 
-def _early_stopping(trainer: MoETrainer) -> list[EarlyStoppingCallback]:
+def _early_stopping(trainer: SFTTrainer) -> list[EarlyStoppingCallback]:
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
 

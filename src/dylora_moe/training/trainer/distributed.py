@@ -13,23 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from dylora_moe.model import DyLoraMoE
 from dylora_moe.sharding import shard_like, whole
-
-if TYPE_CHECKING:
-    from dylora_moe.model import DyLoraMoE
-
-    from .trainer import MoETrainer
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +135,7 @@ def one_device(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def check_processes(trainer: MoETrainer) -> None:
+def check_processes(trainer: Trainer) -> None:
     """Refuse what would train something else than was asked for.
 
     Raises:
@@ -181,21 +178,20 @@ def check_processes(trainer: MoETrainer) -> None:
         )
 
 
-def shard_router(trainer: MoETrainer, optimizer: torch.optim.Optimizer) -> None:
+def shard_router(router: nn.Module, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     """Shard the router by itself, in float32, before accelerate shards the rest in the mixed precision that it chose.
 
     Its policy would also cast the model's outputs, the log-probabilities of the loss among them, and the sums of the
     gradients; both are left in float32.
     """
-    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin
     policy: MixedPrecisionPolicy | None = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-    router = trainer.mixture.router
     if isinstance(router, FSDPModule):
         return
     whole_parameters = list(router.parameters())
-    mesh, parallelism = trainer.accelerator.torch_device_mesh, trainer.accelerator.parallelism_config
+    mesh, parallelism = accelerator.torch_device_mesh, accelerator.parallelism_config
     fully_shard(
         router,
         mesh=None if mesh is None or parallelism is None else mesh[tuple(parallelism.fsdp_dim_names)],
@@ -211,7 +207,7 @@ def shard_router(trainer: MoETrainer, optimizer: torch.optim.Optimizer) -> None:
 # ---------------------------------------------------------------------- the optimizer's state
 
 
-def save_optimizer(trainer: MoETrainer, folder: str) -> None:
+def save_optimizer(trainer: Trainer, folder: str) -> None:
     """Write the states of optimizer and schedule as one process would; every process takes part in the gathering."""
     optimizer, scheduler = cast(Any, trainer.optimizer), cast(Any, trainer.lr_scheduler)
     state = optimizer.state_dict()
@@ -224,7 +220,7 @@ def save_optimizer(trainer: MoETrainer, folder: str) -> None:
         torch.save(scheduler.state_dict(), Path(folder, SCHEDULER_NAME))
 
 
-def load_optimizer(trainer: MoETrainer, folder: str) -> None:
+def load_optimizer(trainer: Trainer, folder: str) -> None:
     """Load what `save_optimizer` or one process wrote, sharded like the parameters."""
     optimizer, scheduler = cast(Any, trainer.optimizer), cast(Any, trainer.lr_scheduler)
     state = torch.load(Path(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)

@@ -5,12 +5,10 @@ Shapes: B batch, S sequence, T tokens, n router outputs.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from datasets import concatenate_datasets
 from safetensors import SafetensorError
 from torch import Tensor
@@ -18,14 +16,13 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
-from dylora_moe import routing
 from dylora_moe.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.passes import RouterRecord
 from dylora_moe.training.recipe.sections import TwoPhase
 
-from .callbacks import StarvedExperts
+from .callbacks import Speed, StarvedExperts
 from .checkpoints import (
     COMPLETE_FILE,
     Interrupted,
@@ -39,24 +36,25 @@ from .checkpoints import (
     restore,
     save_averages,
 )
-from .collator import DOMAIN, DomainCollator, per_token
+from .collator import DOMAIN, DomainCollator, padded
 from .distributed import (
     average,
     check_processes,
     drop_unused,
     fsdp_on_cpu,
     load_optimizer,
-    mean_over_processes,
     one_device,
     save_optimizer,
     shard_router,
     times_processes,
 )
+from .router_losses import RouterLosses
 from .schedule import two_phase_scheduler
-from .token_means import TokenWeightedEvaluation, unwrap_autocast, unwrap_head
+from .token_means import TokenMeans
+from .wrappers import unwrap_autocast, unwrap_head
 
 
-class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
+class MoETrainer(SFTTrainer):
     """`trl.SFTTrainer` for a `DyLoraMoE`.
 
     The language-model loss is TRL's. The router's losses are computed once per optimizer step over all its
@@ -95,12 +93,12 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         if not isinstance(model, DyLoraMoE):
             raise TypeError(f"MoETrainer trains a DyLoraMoE, not {type(model).__name__}; use SFTTrainer.")
         self.mixture = model
-        self.domain_coefficient, self.force_domains = domain_coefficient, force_domains
+        self.force_domains = force_domains
         self.router_learning_rate, self.router_weight_decay = router_learning_rate, router_weight_decay
         self.two_phase = two_phase
         self.starved = StarvedExperts(collapse_steps)
-        self._records: list[RouterRecord] = []
-        self._domains: list[Tensor] = []
+        self.router_losses = RouterLosses(model, domain_coefficient, self.starved)
+        self.speed = Speed()
         self._forced: set[str] = set()
         arguments = kwargs.get("args")
         if arguments is not None and arguments.data_seed is None:
@@ -121,7 +119,6 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
             )
         if self.has_domains:
             self.data_collator = DomainCollator(self.data_collator, model.expert_names)
-        self._speed = (time.perf_counter(), 0)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's `train`; `resume_from_checkpoint=True` takes the last whole checkpoint of the output folder.
@@ -137,9 +134,9 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         stop = StopOnSignal()
         self.add_callback(stop)
         if folder is not None:
-            self.add_callback(RestoreAverages(self, folder))
+            self.add_callback(RestoreAverages(self, self.starved, self.speed, folder))
         with self.mixture.recording() as records:
-            self._records = records
+            self.router_losses.records = records
             try:
                 result = super().train(None if folder is None else str(folder), *args, **kwargs)
             finally:
@@ -157,7 +154,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         restore(self.mixture, folder)
         self._tr_loss = torch.zeros((), device=self.args.device)
-        RestoreAverages(self, folder).on_train_begin(self.args, self.state, self.control)
+        RestoreAverages(self, self.starved, self.speed, folder).on_train_begin(self.args, self.state, self.control)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self.mixture.train()
@@ -200,7 +197,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
             if self.args.should_save:
                 mark_incomplete(folder)
             super()._save_checkpoint(model, trial)
-            save_averages(self, folder)
+            save_averages(self, self.starved, folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
@@ -261,7 +258,7 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.is_fsdp_enabled:
-            shard_router(self, optimizer)
+            shard_router(self.mixture.router, self.accelerator, optimizer)
         own = {"lr": self.router_learning_rate, "weight_decay": self.router_weight_decay}
         own = {key: value for key, value in own.items() if value is not None}
         if own:
@@ -335,46 +332,65 @@ class MoETrainer(TokenWeightedEvaluation, SFTTrainer):
         metrics = self._metrics["train"]
         parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
         metrics["lm_loss"].append(float(average(lm_loss)) * parts)
-        if len(self._records) > len(self._domains) and domains is not None:
-            self._domains.append(domains)
+        self.router_losses.collect(domains)
         zero = lm_loss.new_zeros(())
-        if not self.accelerator.sync_gradients or not self._records:
+        if not self.accelerator.sync_gradients:
             return zero
-        records, self._domains, per_record = list(self._records), [], self._domains
-        self._records.clear()
-        if not any(p.requires_grad for p in self.mixture.router.parameters()):
+        loss, logged = self.router_losses.of_step()
+        if loss is None:
             return zero
-        scores = torch.cat([record.score(self.mixture.router) for record in records])
-        loss, balance = self.mixture.auxiliary_losses(scores, mean=mean_over_processes)
-        if self.domain_coefficient:
-            target = torch.cat([per_token(r, d) for r, d in zip(records, per_record, strict=True)])
-            each = F.cross_entropy(scores, target, reduction="none").unsqueeze(-1)
-            domain_loss = mean_over_processes(each, None).squeeze(-1)
-            loss = loss + self.domain_coefficient * domain_loss
-            metrics["router/domain_loss"].append(float(domain_loss.detach()))
-        metrics["aux_loss"].append(float(loss.detach()))
-        metrics["router/balance"].append(float(balance.detach()))
-        with torch.no_grad():
-            shares = self.mixture._policy(scores)
-            rows = torch.cat([shares, routing.entropy(shares)[:, None], shares.amax(-1, keepdim=True)], -1)
-            *means, entropy, largest = mean_over_processes(rows, None).tolist()
-            metrics["router/entropy"].append(entropy)
-            metrics["router/max_probability"].append(largest)
-            load = dict(zip(self.mixture._output_names(), means, strict=True))
-            for name, share in load.items():
-                metrics[f"router/load/{name}"].append(share)
-            metrics["router/dead_experts"].append(float(self.starved.update(load)))
+        for key, value in logged.items():
+            metrics[key].append(value)
         # gradients are averaged over processes, and over micro-batches where the loss was not normalised by tokens
         loss = times_processes(loss)
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
         return loss.to(lm_loss.device)
 
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs, domains = self._split_domains(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        loss = self._means.add(outputs.log_probs, outputs.is_top1, outputs.label_mask, domains)
+        return loss.to(self.args.device), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """TRL's loop; the loss is the mean over all tokens, of all examples and of those of each domain."""
+        self._means = TokenMeans(self.accelerator.gather_for_metrics, self.mixture.expert_names)
+        base: Any = self.mixture.get_base_model()
+        bare = "forward" not in base.__dict__  # after training
+        if bare:
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        options = (prediction_loss_only, ignore_keys, metric_key_prefix)
+        output: Any = super().evaluation_loop(dataloader, description, *options)
+        if bare:
+            unwrap_head(self.mixture)
+        if self._means.rows:
+            output.metrics.update(self._means.metrics(metric_key_prefix))
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        flat = self.data_collator
+        self.data_collator = padded(flat)  # so that a row is an example
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = flat
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            then, tokens = self._speed
-            now = self._speed = (time.perf_counter(), self._total_train_tokens)
-            logs["tokens_per_second"] = round((now[1] - tokens) / max(now[0] - then, 1e-9), 1)
+            logs["tokens_per_second"] = self.speed.read(self._total_train_tokens)
         super().log(logs, start_time)
 
     def _prepare_dataset(

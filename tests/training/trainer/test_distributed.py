@@ -18,8 +18,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
+from dylora_moe.routing import load
 from dylora_moe.training.trainer import distributed
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
+from dylora_moe.training.trainer.distributed import mean_over_processes
 from tinybase import tiny_base
 from training.trainer import worker
 
@@ -227,3 +229,9 @@ def test_every_recipe_names_real_keys():
     for path in RECIPES.glob("*.yaml"):
         fields = yaml.safe_load(path.read_text()).get("fsdp_config", {})
         assert all(hasattr(parse(path.stem), key) for key in fields), path
+
+
+def test_mean_over_processes_is_the_masked_mean_in_one_process():
+    values, mask = torch.randn(3, 4, 2), torch.rand(3, 4) > 0.4
+    torch.testing.assert_close(mean_over_processes(values, mask), load(values, mask))
+    torch.testing.assert_close(mean_over_processes(values, None), load(values))

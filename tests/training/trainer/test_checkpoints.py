@@ -193,8 +193,10 @@ def test_the_speed_after_a_resume_counts_no_tokens_of_before(tmp_path):
     before = run._total_train_tokens
     run = trainer(tmp_path)
     run._tr_loss = torch.zeros(())
-    RestoreAverages(run, tmp_path / "checkpoint-6").on_train_begin(run.args, run.state, run.control)
-    assert run._speed[1] == before > 0
+    RestoreAverages(run, run.starved, run.speed, tmp_path / "checkpoint-6").on_train_begin(
+        run.args, run.state, run.control
+    )
+    assert run.speed.tokens == before > 0
 
 
 def test_restore_leaves_the_mixture_alone_on_error(tmp_path):
