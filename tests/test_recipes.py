@@ -16,7 +16,7 @@ from transformers import set_seed
 from dylora_moe import DyLoraMoE
 from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.recipe.sections import Recipe
-from dylora_moe.training.run.build import build_mixture, load_base
+from dylora_moe.training.run.build import base_of, build_mixture
 from dylora_moe.training.run.folder import is_finished
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.run.plan import plan
@@ -107,7 +107,7 @@ def tensors(mixture: DyLoraMoE) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def at_start(recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
-    base = load_base(recipe)
+    base = base_of(recipe)
     set_seed(recipe.seed)
     mixture = build_mixture(recipe, base)
     mixture.start_routing()

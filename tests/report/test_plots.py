@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from dylora_moe.report import plots
 from dylora_moe.report.colours import DARK, LIGHT, expert_colours
 
-STAGES = [plots.Stage("sql", 0, 20), plots.Stage("router", 20, 50)]
+STAGES = [plots.Span("sql", 0, 20), plots.Span("router", 20, 50)]
 
 
 def panel(count: int, **options) -> plots.Panel:
@@ -83,7 +83,7 @@ def test_stages_are_named_if_there_are_several():
 
 def test_one_row_is_a_dot_within_the_axes():
     single = plots.Panel("Loss", {"loss": ([2.0], [0.3])})
-    axes = plots.curves([single], [plots.Stage("joint", 0, 2)]).axes[0]
+    axes = plots.curves([single], [plots.Span("joint", 0, 2)]).axes[0]
     assert axes.lines[0].get_marker() == "o"
     assert axes.get_xlim()[0] <= 0 < 2 < axes.get_xlim()[1]
 

@@ -14,7 +14,7 @@ from dylora_moe.training.run.folder import ENVIRONMENT_FILE, HISTORY_FILE, RECIP
 from dylora_moe.training.run.results import COLUMNS
 
 from .colours import BASE, expert_colours
-from .plots import Stage
+from .plots import Span
 
 LOAD = "router/load/"
 
@@ -131,7 +131,7 @@ def _optional(file: Path, kind: type, missing: dict[str, str]) -> Any:
     return kind()
 
 
-def step_axis(history: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Stage]]:
+def step_axis(history: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Span]]:
     """The rows of a history in the order of their stages, each with its place `at` on one step axis; and the stages.
 
     Args:
@@ -144,7 +144,7 @@ def step_axis(history: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]
     for name, members in by_stage.items():
         rows += [{**row, "at": start + float(row.get("step", 0))} for row in members]
         end = max(row["at"] for row in rows[-len(members) :])
-        stages.append(Stage(name, start, end))
+        stages.append(Span(name, start, end))
         start = end
     return rows, stages
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dylora_moe.files import write_file
 from dylora_moe.training.run.results import COLUMNS
 
 from . import plots
@@ -51,10 +51,10 @@ def write_report(folder: str | Path) -> Path:
     for name in FIGURES:
         file = folder / FIGURES_FOLDER / f"{name}.png"
         if name in files:
-            _replace(file, files[name])
+            write_file(file, files[name])
         else:
             file.unlink(missing_ok=True)  # of an earlier report, and no longer true
-    _replace(folder / REPORT_FILE, page.encode())
+    write_file(folder / REPORT_FILE, page.encode())
     return folder / REPORT_FILE
 
 
@@ -191,13 +191,3 @@ def _duration(seconds: float) -> str:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a whole file or none: under another name first, then in the place of the old one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ MARKERS = "osD^vP*X"
 
 
 @dataclass(frozen=True)
-class Stage:
+class Span:
     """A stage of training on the common step axis: it covers the steps from `start` to `end`."""
 
     name: str
@@ -55,7 +55,7 @@ class Panel:
 # ---------------------------------------------------------------------- figures
 
 
-def curves(panels: Sequence[Panel], stages: Sequence[Stage], theme: Theme = LIGHT) -> Figure:
+def curves(panels: Sequence[Panel], stages: Sequence[Span], theme: Theme = LIGHT) -> Figure:
     """Panels of curves one below the other over one step axis, with a thin line where a stage begins."""
     heights = [2.6 if i == 0 else 1.7 for i in range(len(panels))]
     legends = [len(panel.lines) + bool(panel.reference) > 1 for panel in panels]
@@ -73,7 +73,7 @@ def curves(panels: Sequence[Panel], stages: Sequence[Stage], theme: Theme = LIGH
     return figure
 
 
-def over_time(panel: Panel, stages: Sequence[Stage], theme: Theme = LIGHT) -> Figure:
+def over_time(panel: Panel, stages: Sequence[Span], theme: Theme = LIGHT) -> Figure:
     """One curve per label of `panel`, or, with more than ten of them, a heat map of label × step."""
     if len(panel.lines) <= LINES_LIMIT:
         return curves([panel], stages, theme)
@@ -235,7 +235,7 @@ def _mean(tables: Sequence[Mapping[str, Mapping[str, float]]], experts: Sequence
     }
 
 
-def _draw(panel: Panel, axes: Axes, stages: Sequence[Stage], theme: Theme) -> None:
+def _draw(panel: Panel, axes: Axes, stages: Sequence[Span], theme: Theme) -> None:
     gaps = [(stage.start, math.nan) for stage in stages[1:]]  # no line leads from one stage to the next
     short = labels(panel.lines)
     finite = [v for _, values in panel.lines.values() for v in values if math.isfinite(v)]
@@ -302,7 +302,7 @@ def _titles(titles: Sequence[str], grid: Iterable[Axes], theme: Theme, staged: b
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.text, pad=pad)
 
 
-def _mark_stages(grid: Sequence[Axes], stages: Sequence[Stage], theme: Theme) -> None:
+def _mark_stages(grid: Sequence[Axes], stages: Sequence[Span], theme: Theme) -> None:
     if not stages:
         return
     total = stages[-1].end - stages[0].start

@@ -18,9 +18,7 @@ def mixture() -> DyLoraMoE:
     torch.manual_seed(1)
     losses = {"balance_loss": "switch", "balance_coefficient": 1.0, "z_loss_coefficient": 0.1}
     lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
-    config = MoELoraConfig(
-        expert_names=["a", "b"], r=4, target_modules="all-linear", init_lora_weights=False, **options
-    )
+    config = MoELoraConfig(expert_names=["a", "b"], **lora, **losses)
     return DyLoraMoE.from_base(tiny_base(), config).train()
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dylora_moe.base import load_base
 from dylora_moe.checkpoint import CONFIG_FILE
 from dylora_moe.data.examples import Example
 from dylora_moe.data.sources import load_examples
@@ -45,14 +46,12 @@ def base_name(recipe: Recipe) -> str:
     name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{folder / CONFIG_FILE} names no base; set base.model.")
-    return str(name)
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
-def load_base(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's base."""
-    revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
-    dtype = getattr(torch, recipe.base.dtype)
-    return AutoModelForCausalLM.from_pretrained(resolve_base(base_name(recipe)), dtype=dtype, **revision)
+def base_of(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's base, loaded."""
+    return load_base(base_name(recipe), {"dtype": getattr(torch, recipe.base.dtype), **_revision(recipe)})[0]
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -62,7 +61,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         ValueError: there is no such base.
     """
     path = resolve_base(base_name(recipe))
-    revision = {"revision": recipe.base.revision} if recipe.base.revision else {}
+    revision = _revision(recipe)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **revision)
         config = AutoConfig.from_pretrained(path, **revision)
@@ -96,8 +95,7 @@ def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
             mixture.freeze_expert(name)
         else:
             mixture.unfreeze_expert(name)
-    name = base_name(recipe)
-    mixture.base_name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    mixture.base_name = base_name(recipe)
     return mixture
 
 
@@ -113,3 +111,7 @@ def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
         layers_to_transform=None,
         exclude_modules=None,
     )
+
+
+def _revision(recipe: Recipe) -> dict[str, str]:
+    return {"revision": recipe.base.revision} if recipe.base.revision else {}

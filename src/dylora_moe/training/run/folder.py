@@ -12,7 +12,6 @@ output/…                           the resulting mixture, results.json, histor
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 import yaml
 
 from dylora_moe.checkpoint import CARD_FILE, CONFIG_FILE, ROUTER_FILE, read_adapter
-from dylora_moe.files import CheckpointError, read_json
+from dylora_moe.files import CheckpointError, read_json, write_file
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.methods import Stage
@@ -95,8 +94,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-            write(self.path / RECIPE_FILE, text)
-            write(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(data), indent=2) + "\n")
+            write_file(self.path / RECIPE_FILE, text)
+            write_file(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(data), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}. Nothing was trained.") from error
         return replaced
@@ -193,7 +192,7 @@ def finish(folder: Path, stage: Stage, history: list[dict[str, Any]]) -> None:
                 shutil.rmtree(entry)
             elif entry.name in (CONFIG_FILE, ROUTER_FILE, CARD_FILE):
                 entry.unlink()
-    write(folder / HISTORY_FILE, json.dumps(history, indent=1) + "\n")
+    write_file(folder / HISTORY_FILE, json.dumps(history, indent=1) + "\n")
     mark_complete(folder)
 
 
@@ -206,16 +205,6 @@ def load_finished(mixture: DyLoraMoE, folder: Path, stage: Stage) -> None:
     base: Any = mixture.get_base_model()
     for name in stage.experts:
         mixture.load_expert(name, read_adapter(trained / name, base, name).tensors)
-
-
-def write(file: Path, text: str) -> None:
-    """Write a text file as a whole: it is the old one or the new one, never half of it."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
 from dylora_moe.evaluation.held_out import by_domain
 from dylora_moe.evaluation.metrics import METRICS
-from dylora_moe.files import CheckpointError
+from dylora_moe.files import CheckpointError, write_file
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.training.recipe.methods import Stage
 from dylora_moe.training.recipe.sections import Recipe
@@ -31,8 +31,8 @@ from dylora_moe.training.trainer.schedule import TemperatureSchedule
 from dylora_moe.training.trainer.trainer import MoETrainer
 
 from .arguments import trainer_arguments
-from .build import build_mixture, load_base, load_recipe_examples, load_tokenizer, single_lora_config
-from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished, write
+from .build import base_of, build_mixture, load_recipe_examples, load_tokenizer, single_lora_config
+from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished
 from .lock import FolderLock
 from .measure import Measurement
 from .results import Results
@@ -240,7 +240,7 @@ class Job:
             dist.destroy_process_group()
 
     def _build(self) -> DyLoraMoE:
-        base = load_base(self.recipe)
+        base = base_of(self.recipe)
         set_seed(self.recipe.seed)
         mixture = build_mixture(self.recipe, base)
         self.frozen = set(mixture.frozen_experts)
@@ -341,15 +341,15 @@ class Job:
         if self.recipe.eval.baseline:
             with self._phase("single LoRA"):
                 results.columns["single"] = self._single(mixture, measurement)
-        write(self.folder.path / HISTORY_FILE, json.dumps(self.folder.history(self.stages), indent=1) + "\n")
-        write(self.folder.path / RESULTS_FILE, json.dumps(results.to_dict(), indent=2) + "\n")
+        write_file(self.folder.path / HISTORY_FILE, json.dumps(self.folder.history(self.stages), indent=1) + "\n")
+        write_file(self.folder.path / RESULTS_FILE, json.dumps(results.to_dict(), indent=2) + "\n")
         return results
 
     def _single(self, mixture: DyLoraMoE, measurement: Measurement) -> dict[str, float]:
         """A single LoRA of the summed rank on the same layers and data, for as many steps, with the same settings."""
         set_seed(self.recipe.seed)
         config = single_lora_config(mixture)
-        model: Any = get_peft_model(load_base(self.recipe), config)
+        model: Any = get_peft_model(base_of(self.recipe), config)
         domains = tuple(self.train)
         steps = [stage.steps for stage in self.stages if stage.steps is not None]
         stage = Stage("single", (), False, domains, sum(steps) if steps else None)
