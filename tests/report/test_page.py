@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from dylora_moe.cli import app
 from dylora_moe.report.figures import FIGURES
-from dylora_moe.report.finished import read_run, series, step_axis
 from dylora_moe.report.page import write_report
 from fakerun import RECIPE, write_run
 
@@ -195,33 +194,6 @@ def test_text_from_the_files_is_escaped(tmp_path):
     assert any(hostile in image["alt"] for image in page.images)
 
 
-def test_without_results_the_file_and_the_remedy_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"results\.json is missing; .*dylora-moe train"):
-        write_report(tmp_path)
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"results\.json holds list"):
-        write_report(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        {"base": 3},
-        {"base": {"date": "x"}},
-        {"load": 3},
-        {"load": {"date": 3}},
-        {"routing": {"date": []}},
-        {"phases": {"a": None}},
-        {"seconds": "long"},
-    ],
-)
-def test_results_of_another_shape_name_the_file(tmp_path, results):
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=r"results\.json: .*expected a (mapping|number)"):
-        write_report(tmp_path)
-
-
 def test_rows_and_versions_of_another_shape_are_left_out(tmp_path):
     (tmp_path / "results.json").write_text('{"base": {"date": null}, "metric": "loss"}')
     (tmp_path / "history.json").write_text('[{"step": null, "loss": 1}, {"step": 1, "loss": 2}, {"step": "2"}, 3]')
@@ -303,26 +275,6 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_stages_follow_one_another_on_one_axis():
-    history = [
-        {"stage": "sql", "step": 5, "loss": 2},
-        {"stage": "sql", "step": 10, "loss": None},
-        {"stage": "router", "step": 5, "loss": 1.0},
-        {"stage": "router", "step": 20, "eval_loss": 0.5},
-    ]
-    rows, stages = step_axis(history)
-    assert [(stage.name, stage.start, stage.end) for stage in stages] == [("sql", 0, 10), ("router", 10, 30)]
-    assert series(rows, "loss") == ([5, 15], [2, 1])
-    assert series(rows, "eval_loss") == ([30], [0.5])
-
-
-def test_the_base_output_is_no_expert_and_comes_last(tmp_path):
-    write_run(tmp_path, experts=["sql", "date"], route_to_base=True)
-    found = read_run(tmp_path)
-    assert found.experts == ["sql", "date"]
-    assert found.outputs == ["sql", "date", "base"]
 
 
 def test_the_command_writes_and_prints_the_path(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,45 +16,12 @@ from safetensors.torch import load_file
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.report.terminal import results_tables
 from dylora_moe.schema import RecipeError
-from dylora_moe.training.recipe.recipe import load_recipe, parse_recipe
-from dylora_moe.training.recipe.sections import Recipe
-from dylora_moe.training.run.folder import differences
+from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.run.lock import FolderLock
-from dylora_moe.training.run.plan import plan
-from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
-from tinybase import save_tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def content(base, tmp_path):
-    """A recipe as plain values; keyword arguments are keys of `train`."""
-    return lambda name="run", **train: small_recipe(base, tmp_path / name, **train)
-
+from runs import QUIET, STAGED, assert_same_run, history, run, tensors, write
 
 # ---------------------------------------------------------------------- stages
-
-
-def stage_names(content: dict) -> list[str]:
-    return [stage.name for stage in parse_recipe(content).stages]
-
-
-def test_stages_of_every_method(content):
-    assert stage_names(content(max_steps=2)) == ["joint"]
-    assert stage_names(content(**STAGED)) == ["expert-date", "expert-cart", "router", "joint"]
-    assert stage_names({**content(method="router"), "mixture": {}, "start": "runs/x"}) == ["router"]
-    alone = content(method="expert", expert="cart")
-    for key in ("router_learning_rate", "domain_coefficient"):
-        del alone["train"][key]
-    assert stage_names(alone) == ["expert-cart"]
-    frozen = content(**STAGED)
-    frozen["experts"]["date"]["frozen"] = True
-    assert stage_names(frozen) == ["expert-cart", "router", "joint"]
 
 
 def test_staged_trains_each_expert_alone_then_the_router(content, tmp_path):
@@ -205,13 +171,6 @@ def test_every_option_at_once(content, tmp_path):
     assert events[0].stat().st_size > 200
 
 
-def test_checkpointing_is_on_under_either_name(content):
-    for key in ("activation_checkpointing", "gradient_checkpointing"):
-        job = Job(parse_recipe(content(**{key: True})), QUIET)
-        job.read_data()
-        assert job.arguments(job.stages[0]).activation_checkpointing is True
-
-
 # ---------------------------------------------------------------------- resume
 
 
@@ -251,35 +210,6 @@ def test_resume_after_the_stages_measures_again(content, tmp_path):
     assert again.results.columns == first.results.columns
 
 
-def test_resume_with_another_recipe_is_refused(content, tmp_path):
-    run(content(max_steps=2))
-    with pytest.raises(RecipeError, match=r"train\.learning_rate was 0\.01, is 0\.02"):
-        run(content(max_steps=2, learning_rate=2e-2), resume=True)
-    changed = content(max_steps=2)
-    changed["eval"]["batch_size"] = 1  # does not touch the training
-    run(changed, resume=True)
-
-
-def test_resume_needs_a_run(content, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no run to resume"):
-        run(content(max_steps=2), resume=True)
-    run(content(max_steps=2))
-    file = tmp_path / "run" / "environment.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "world_size": 4}))
-    with pytest.raises(RecipeError, match="begun with 4 processes; resume with as many, not with 1"):
-        run(content(max_steps=2), resume=True)
-
-
-def test_unfinished_work_is_not_thrown_away(content, tmp_path):
-    run(content(max_steps=2))
-    run(content(max_steps=2))  # a finished run is replaced
-    (tmp_path / "run" / "results.json").unlink()
-    before = tensors(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"cut off .*--resume"):
-        run(content(max_steps=2))
-    assert all(torch.equal(value, before[key]) for key, value in tensors(tmp_path / "run").items())
-
-
 def test_a_run_that_cannot_start_leaves_the_finished_one(content, tmp_path, capsys):
     run(content(max_steps=2))
     before = (tmp_path / "run" / "results.json").read_bytes()
@@ -295,23 +225,6 @@ def test_a_run_that_cannot_start_leaves_the_finished_one(content, tmp_path, caps
 def test_a_run_that_is_being_trained_is_left_alone(content, tmp_path):
     with FolderLock(tmp_path / "run").hold(), pytest.raises(ValueError, match=f"pid {os.getpid()}"):
         run(content(max_steps=2))
-
-
-def test_resume_with_other_data_is_refused(content, tmp_path):
-    file = tmp_path / "date.jsonl"
-    file.write_text('{"prompt": "a", "completion": "b"}\n')
-    changed = content(max_steps=2)
-    changed["experts"]["date"]["data"] = {"train": str(file)}
-    run(changed)
-    file.write_text('{"prompt": "a", "completion": "c"}\n')
-    with pytest.raises(RecipeError, match=r"begun with other data for 'date' \(1 examples"):
-        run(changed, resume=True)
-
-
-def test_output_that_cannot_be_written_is_said_before_training(content, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises((CheckpointError, ValueError), match="file"):
-        run({**content(max_steps=2), "output": str(tmp_path / "file" / "run")})
 
 
 def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkeypatch):
@@ -332,72 +245,9 @@ def test_a_failed_save_names_the_last_whole_checkpoint(content, tmp_path, monkey
     assert (tmp_path / "run" / "results.json").is_file()
 
 
-def test_tokens_stay_out_of_the_folder(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dylora-moe", "train", "--set", "train.hub_token=hf_secret"])
-    Job(parse_recipe(content(hub_token="hf_secret")), QUIET).begin()
-    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert len(files) == 2
-    assert not any("hf_secret" in file.read_text() for file in files)
-
-
 def test_without_held_out_data_nothing_is_compared(content, tmp_path):
     file = tmp_path / "date.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
     results = run({**content(max_steps=1), "experts": {"date": {"data": {"train": str(file)}}}}).results
     assert results.reloaded_identical is None
     assert results_tables(results) == []
-
-
-def test_environment_and_recipe_are_kept(content, tmp_path):
-    run(content(max_steps=1))
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["seed"] == 0
-    assert environment["world_size"] == 1
-    assert environment["versions"]["torch"] == torch.__version__
-    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert isinstance(kept, Recipe)
-    assert kept.to_dict() == parse_recipe(content(max_steps=1)).to_dict()
-
-
-@pytest.mark.parametrize(("name", "text"), [("recipe.yaml", ""), ("environment.json", "[]"), ("environment.json", "")])
-def test_damaged_descriptions_of_a_run_are_named(content, tmp_path, name, text):
-    Job(parse_recipe(content()), QUIET).begin()
-    (tmp_path / "run" / name).write_text(text)
-    with pytest.raises(CheckpointError, match=rf"{name}.* start afresh"):
-        run(content(), resume=True)
-
-
-def test_a_damaged_history_is_named(content, tmp_path):
-    job = Job(parse_recipe(content()), QUIET)
-    folder = job.folder.stage(job.stages[0])
-    folder.mkdir(parents=True)
-    (folder / "history.json").write_text("")
-    with pytest.raises(CheckpointError, match=r"joint/history\.json is damaged"):
-        job.folder.history(job.stages)
-
-
-@pytest.mark.parametrize(
-    "train",
-    [
-        {"gradient_accumulation_steps": 3},
-        {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 5},
-        {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2},
-    ],
-)
-def test_the_plan_counts_the_steps_and_tokens_that_run(content, train):
-    """One epoch; the tokens are those that the trainer counted."""
-    recipe = content(num_train_epochs=1, logging_steps=1, **train)
-    [stage] = plan(parse_recipe(recipe)).stages
-    job = run(recipe)
-    rows = [row for row in job.folder.history(job.stages) if "loss" in row]
-    assert len(rows) == stage.steps
-    assert rows[-1]["num_tokens"] == pytest.approx(
-        stage.total_tokens, rel=0.1 if "dataloader_drop_last" in train else 0
-    )
-
-
-def test_differences_name_the_leaves():
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
-        "a.c was 2, is 3",
-        "d was None, is 4",
-    ]

@@ -39,6 +39,8 @@ class Measurement:
 
     def column(self, model: Any, title: str, **force: Any) -> dict[str, float]:
         """The metric per domain; `force` goes to the model, for example `experts="base"`."""
+        if not self.test:
+            return {}
         measure, values = METRICS[self.recipe.eval.metric].measure, {}
         with self._bar(title, len(self.test)) as progress:
             for examples in by_domain(self.test).values():
