@@ -11,9 +11,9 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dylora_moe.training.checkpoints import EXEMPT_FROM_RESUME
-from dylora_moe.training.job import Job
-from dylora_moe.training.recipe import parse_recipe
+from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.run.job import Job
+from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 
 QUIET = Console(quiet=True)
 STAGED = {"method": "staged", "expert_steps": 4, "router_steps": 4, "joint_steps": 2}

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app, console, errors, main
-from dylora_moe.training.recipe import load_recipe
+from dylora_moe.training.recipe.recipe import load_recipe
 from tinybase import save_tiny_base
 
 runner = CliRunner()
@@ -129,7 +129,7 @@ def test_chats_text_and_prompts_from_several_formats_in_one_mixture(recipe, base
     path = recipe(
         base={"model": str(tmp_path / "chat-base"), "chat": True}, experts=experts, train=train, eval={"metric": "loss"}
     )
-    with caplog.at_level("WARNING", "dylora_moe.training.data"):
+    with caplog.at_level("WARNING", "dylora_moe.data.examples"):
         result = runner.invoke(app, ["train", path], catch_exceptions=False)
     assert result.exit_code == 0
     for what in ("training", "held-out"):

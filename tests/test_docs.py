@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dylora_moe.training.checkpoints import EXEMPT_FROM_RESUME
-from dylora_moe.training.combinations import _exclusions
-from dylora_moe.training.recipe import DataRecipe, TrainRecipe, parse_recipe
-from dylora_moe.training.schedule import TwoPhase
-from dylora_moe.training.schema import parse_yaml
-from dylora_moe.training.sections import FILE_SUFFIXES
-from dylora_moe.training.sources import load_examples
+from dylora_moe.data.section import FILE_SUFFIXES, DataRecipe
+from dylora_moe.data.sources import load_examples
+from dylora_moe.schema import parse_yaml
+from dylora_moe.training.recipe.combinations import _exclusions
+from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.recipe.sections import TrainRecipe, TwoPhase
+from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DATA = (DOCS / "data.md").read_text(encoding="utf-8")

@@ -14,12 +14,13 @@ from rich.console import Console
 from transformers import set_seed
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.training.build import build_mixture, load_base
-from dylora_moe.training.job import Job
-from dylora_moe.training.plan import plan
-from dylora_moe.training.recipe import Recipe, parse_recipe
-from dylora_moe.training.results import Results
-from dylora_moe.training.run_folder import is_finished
+from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.recipe.sections import Recipe
+from dylora_moe.training.run.build import base_of, build_mixture
+from dylora_moe.training.run.folder import is_finished
+from dylora_moe.training.run.job import Job
+from dylora_moe.training.run.plan import plan
+from dylora_moe.training.run.results import Results
 from tinybase import save_tiny_base
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -106,7 +107,7 @@ def tensors(mixture: DyLoraMoE) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def at_start(recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
-    base = load_base(recipe)
+    base = base_of(recipe)
     set_seed(recipe.seed)
     mixture = build_mixture(recipe, base)
     mixture.start_routing()

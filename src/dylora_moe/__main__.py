@@ -14,7 +14,7 @@ def run() -> None:
     except SystemExit as stopped:
         code = stopped.code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from .training.distributed import leave_rank
+        from .training.trainer.distributed import leave_rank
 
         leave_rank(code)
     sys.exit(code)  # pyright: ignore[reportArgumentType]

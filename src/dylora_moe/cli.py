@@ -16,7 +16,14 @@ from rich.logging import RichHandler
 
 from . import __version__
 from .benchmark.command import bench
-from .display import colour_by_expert, gradient_table, parameter_table, plan_tables, results_tables, routing_table
+from .report.terminal import (
+    colour_by_expert,
+    gradient_table,
+    parameter_table,
+    plan_tables,
+    results_tables,
+    routing_table,
+)
 
 app = typer.Typer(
     help="Many LoRA experts in one model, routed token by token.",
@@ -72,9 +79,9 @@ def train(
 
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
-    from .training import launch
-    from .training.job import Job
-    from .training.recipe import load_recipe
+    from .training.recipe.recipe import load_recipe
+    from .training.run import launch
+    from .training.run.job import Job
 
     overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]
     if baseline:
@@ -116,7 +123,7 @@ def train(
 
 
 def _write_report(folder: Path) -> None:
-    from .training.report import write_report
+    from .report.page import write_report
 
     try:
         console.print(f"Report: [bold]{write_report(folder)}[/]", highlight=False, soft_wrap=True)
@@ -165,8 +172,8 @@ def inspect(
 
     Example: [bold]dylora-moe inspect runs/skills --text "Which films were made in 1999?"[/]
     """
+    from .reports import gradient_report
     from .session import Session
-    from .trace import gradient_report
 
     session = Session(directory, base=base)
     console.print(parameter_table(session.model.parameter_report()))
@@ -183,7 +190,7 @@ def report(directory: Annotated[Path, typer.Argument(help="The output folder of 
 
     Example: [bold]dylora-moe report runs/skills[/]
     """
-    from .training.report import write_report
+    from .report.page import write_report
 
     console.print(str(write_report(directory)), markup=False, highlight=False, soft_wrap=True)
 
@@ -201,8 +208,8 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     """
     import yaml
 
-    from .training.plan import plan
-    from .training.recipe import load_recipe
+    from .training.recipe.recipe import load_recipe
+    from .training.run.plan import plan
 
     loaded = load_recipe(recipe, overrides or [])
     tables = plan_tables(plan(loaded))
@@ -218,7 +225,7 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     _quiet_libraries()
-    from .training.checkpoints import Interrupted
+    from .training.trainer.checkpoints import Interrupted
 
     try:
         app()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from .embedded import resolve_base
+from .base.embedded import resolve_base
 from .model import DyLoraMoE
-from .trace import RoutingTrace
+from .routing.trace import RoutingTrace
 
 
 class Answer(NamedTuple):

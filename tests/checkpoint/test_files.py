@@ -189,3 +189,20 @@ def test_relative_folder(tmp_path, monkeypatch):
     tiny_mixture().save_pretrained("mixture")
     assert os.listdir(tmp_path) == ["mixture"]
     assert DyLoraMoE.from_pretrained("mixture", base=tiny_base()).num_experts == 3
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    files.write_file(file, "ä\n")
+    assert file.read_bytes() == "ä\n".encode()
+    files.write_file(file, b"old")
+
+    def fail(self, content):
+        with self.open("wb") as part:
+            part.write(content[:1])
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_file(file, "new")
+    assert contents(tmp_path) == {"results.json": b"old"}

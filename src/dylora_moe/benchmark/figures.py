@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dylora_moe import plots
-from dylora_moe.colours import LIGHT, PALETTE, Theme, legible
+from dylora_moe.report import plots
+from dylora_moe.report.colours import LIGHT, PALETTE, Theme, legible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dylora_moe import plots
+from dylora_moe.report import plots
 
 from .columns import cells
 from .figures import figures

@@ -1,4 +1,4 @@
-"""Reading checkpoint files with errors that name them, and replacing a folder as a whole."""
+"""Reading checkpoint files with errors that name them, and replacing files and folders as a whole."""
 
 from __future__ import annotations
 
@@ -76,6 +76,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write a file as a whole: it is the old one or the new one, never half of it."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

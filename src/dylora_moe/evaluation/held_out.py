@@ -1,18 +1,15 @@
-"""Held-out measurements of one model on several domains: exact match, loss per completion token, load.
-
-Shapes: B batch, S sequence, E experts.
-"""
+"""Held-out measurements of one model on several domains: answers, exact match, loss per completion token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.training.data import Example, encode, encode_prompt
+from dylora_moe.data.examples import Example, encode, encode_prompt
 
 Progress = Callable[[int], None]
 
@@ -124,11 +121,6 @@ def domains_of(examples: Sequence[Example]) -> list[str]:
 def by_domain(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """The examples of each domain."""
     return {domain: [e for e in examples if e.domain == domain] for domain in domains_of(examples)}
-
-
-def mean_of(shares: Mapping[str, float]) -> float:
-    """Unweighted mean over domains."""
-    return sum(shares.values()) / len(shares)
 
 
 def _per_domain(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""From a recipe to its examples, base, tokenizer and untrained mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dylora_moe.base.embedded import resolve_base
+from dylora_moe.base.loading import load_base
+from dylora_moe.checkpoint.files import CheckpointError, local_folder, read_json
+from dylora_moe.checkpoint.mixture import CONFIG_FILE
+from dylora_moe.data.examples import Example
+from dylora_moe.data.sources import load_examples
+from dylora_moe.model import DyLoraMoE
+from dylora_moe.training.recipe.sections import Recipe
+
+
+def load_recipe_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], list[Example]]:
+    """The training examples of every expert that has data and all held-out ones, checked against the recipe's settings.
+
+    Raises:
+        DataError: as `load_examples`.
+        RecipeError: as `Recipe.check_form`.
+    """
+    train: dict[str, list[Example]] = {}
+    test: list[Example] = []
+    for name, data in recipe.data.items():
+        train[name] = load_examples(name, data, "train", recipe.seed)
+        held_out: list[Example] = []
+        if data.has_test:
+            held_out = load_examples(name, data, "test", recipe.seed, recipe.eval.samples)
+        for form in {example.form for example in train[name]} | {example.form for example in held_out}:
+            recipe.check_form(name, form, any(example.form == form for example in held_out))
+        test += held_out
+    return train, test
+
+
+def base_name(recipe: Recipe) -> str:
+    """The name of the recipe's base: its own, or that of the mixture in `start`."""
+    if recipe.base.model is not None:
+        return recipe.base.model
+    folder = local_folder(str(recipe.start), [CONFIG_FILE])
+    name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder / CONFIG_FILE} names no base; set base.model.")
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
+def base_of(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's base, loaded."""
+    return load_base(base_name(recipe), {"dtype": getattr(torch, recipe.base.dtype), **_revision(recipe)})[0]
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, whose `model_max_length` is the base's context.
+
+    Raises:
+        ValueError: there is no such base.
+    """
+    path = resolve_base(base_name(recipe))
+    revision = _revision(recipe)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
+        config = AutoConfig.from_pretrained(path, **revision)
+    except OSError as error:
+        raise ValueError(f"base.model: {path!s} is no folder here, and the hub did not deliver it: {error}") from error
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
+    """The mixture of a recipe on `base`, as its training starts: new, imported and continued experts."""
+    if recipe.start is not None:
+        mixture = DyLoraMoE.from_pretrained(recipe.start, base=base)
+        for key, value in recipe.mixture.items():
+            setattr(mixture.moe_config, key, value)
+        for name, expert in recipe.experts.items():
+            if name not in mixture.expert_names:
+                mixture.add_expert(name, expert.adapter or mixture.moe_config.expert_config(**expert.lora))
+            elif expert.adapter or expert.lora:
+                raise ValueError(f"experts.{name}: the mixture in `start` has it; leave out its adapter and lora.")
+    else:
+        config = recipe.mixture_config()
+        sources = {n: e.adapter or config.expert_config(**e.lora) for n, e in recipe.experts.items()}
+        mixture = DyLoraMoE.from_adapters(base, sources, config)
+    for name, expert in recipe.experts.items():
+        if expert.frozen:
+            mixture.freeze_expert(name)
+        else:
+            mixture.unfreeze_expert(name)
+    mixture.base_name = base_name(recipe)
+    return mixture
+
+
+def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
+    """A single LoRA on the mixture's layers whose rank is the sum of the experts' and whose scaling is the same."""
+    config = mixture.moe_config
+    targets = sorted({layer.routing_name for layer in mixture.routed_layers})
+    total = sum(mixture.lora_config(name).r for name in mixture.expert_names)
+    return config.expert_config(
+        r=total,
+        lora_alpha=config.lora_alpha * total / config.r,
+        target_modules=targets,
+        layers_to_transform=None,
+        exclude_modules=None,
+    )
+
+
+def _revision(recipe: Recipe) -> dict[str, str]:
+    return {"revision": recipe.base.revision} if recipe.base.revision else {}

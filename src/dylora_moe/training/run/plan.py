@@ -1,0 +1,109 @@
+"""What a recipe would do, computed without training: parameters, passes, tokens, steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
+
+from dylora_moe.base.embedded import resolve_base
+from dylora_moe.reports import ParameterReport
+from dylora_moe.training.recipe.sections import Recipe
+from dylora_moe.training.trainer.collator import DOMAIN
+
+from .build import base_name, build_mixture
+from .job import Job
+from .stages import set_trainable, thaw
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Attributes:
+        name: of the stage.
+        trainable: parameters that it trains.
+        rows: examples (packed rows, when packing) in one epoch.
+        tokens: in one epoch.
+        steps: optimizer steps.
+        rows_per_step: examples per optimizer step, over all processes; the last step of an epoch may have fewer.
+        tokens_per_step: about, as a mean over an epoch.
+        passes: forward passes of the base per step and micro-batch: 1.0 where every row is forced.
+    """
+
+    name: str
+    trainable: int
+    rows: int
+    tokens: int
+    steps: int
+    rows_per_step: int
+    tokens_per_step: float
+    passes: float
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens seen in all steps, about."""
+        return round(self.steps * self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run: its parameters and its stages."""
+
+    parameters: ParameterReport
+    router_layer: int | str
+    stages: list[StagePlan]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What `Job(recipe).run()` would do. Reads the data and the tokenizer; the base is built without its weights.
+
+    Raises:
+        DataError, RecipeError, ValueError: as the run itself would, before it trains.
+    """
+    job = Job(recipe, Console(quiet=True))
+    job.read_data()
+    config = AutoConfig.from_pretrained(resolve_base(base_name(recipe)))
+    with torch.device("meta"):
+        mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config))
+    frozen, stages = set(mixture.frozen_experts), []
+    for stage in job.stages:
+        arguments = job.arguments(stage)
+        set_trainable(mixture, stage)
+        dataset = job.dataset(stage.domains)
+        lengths = [min(len(ids), arguments.max_length or len(ids)) for ids in dataset["input_ids"]]
+        rows = _packed_rows(dataset, arguments) if arguments.packing and arguments.max_length else len(dataset)
+        accumulated, batch = arguments.gradient_accumulation_steps, _batch(arguments, job.world_size)
+        batches = rows // batch if arguments.dataloader_drop_last else math.ceil(rows / batch)
+        epoch = max(math.ceil(batches / accumulated), 1)
+        steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epoch * arguments.num_train_epochs)
+        seen = min(batches * batch, rows) / max(rows, 1)  # the rest of an epoch is dropped
+        tokens = sum(lengths)
+        trainable = mixture.parameter_report().trainable
+        passes = mixture.passes_per_step if stage.router else 1.0
+        per_step = tokens * seen / epoch
+        stages.append(StagePlan(stage.name, trainable, rows, tokens, steps, batch * accumulated, per_step, passes))
+    thaw(mixture, frozen)
+    return Plan(mixture.parameter_report(), mixture.router_layer, stages)
+
+
+def _batch(arguments: SFTConfig, world_size: int) -> int:
+    """Rows per forward pass, over all processes."""
+    return arguments.per_device_train_batch_size * world_size
+
+
+def _packed_rows(dataset: Any, arguments: SFTConfig) -> int:
+    """How many rows the examples fill when packed as the trainer packs them, each domain by itself."""
+    assert arguments.max_length is not None
+    domains, rows = dataset[DOMAIN], 0
+    for name in dict.fromkeys(domains):
+        own = [ids for ids, domain in zip(dataset["input_ids"], domains, strict=True) if domain == name]
+        packed = pack_dataset(Dataset.from_dict({"input_ids": own}), arguments.max_length, arguments.packing_strategy)
+        rows += len(packed)
+    return rows

@@ -1,0 +1,48 @@
+"""What a run measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS = {"base": "base", "single": "one LoRA", "mixture": "mixture (dense)", "top1": "top-1", "top2": "top-2"}
+"""Columns of the held-out results → their titles, in the order in which they are shown."""
+
+
+@dataclass
+class Results:
+    """What a run measured.
+
+    Attributes:
+        metric: a row of `evaluation.metrics.METRICS`.
+        columns: column (a key of `COLUMNS`) → domain → value.
+        load: domain → expert → share of the tokens, under the default routing.
+        routing: domain → entropy, mean largest weight and co-activation, under the default routing.
+        reloaded_identical: whether the saved checkpoint, loaded again, gave the same answers.
+        seconds: phase → wall time.
+        output: the checkpoint's folder.
+    """
+
+    metric: str
+    output: str
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
+    load: dict[str, dict[str, float]] = field(default_factory=dict)
+    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reloaded_identical: bool | None = None
+    passes_per_step: float = 1.0
+    parameters: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `results.json`."""
+        return {
+            **self.columns,
+            "load": self.load,
+            "routing": self.routing,
+            "metric": self.metric,
+            "reloaded_identical": self.reloaded_identical,
+            "passes_per_step": self.passes_per_step,
+            "parameters": self.parameters,
+            "phases": {name: round(value, 2) for name, value in self.seconds.items()},
+            "seconds": round(sum(self.seconds.values()), 2),
+        }
