@@ -7,13 +7,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny; a second thread only waits
+from rounding import float64_throughout
+
+# The models are tiny; a second thread only waits, unless it is to be tested.
+torch.set_num_threads(int(os.environ.get("DYLORA_TEST_THREADS", "1")))
 
 hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dylora")
@@ -23,6 +27,13 @@ hypothesis.settings.load_profile("dylora")
 def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[None]:
+    """Float64 throughout, so that a module of float64 models may compare to `rounding.EXACT`."""
+    with float64_throughout():
+        yield
 
 
 @pytest.fixture(scope="session")

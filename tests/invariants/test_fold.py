@@ -7,6 +7,7 @@ import torch
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.fold import fold, unfold
+from rounding import EXACT, float64_throughout
 from tiny import difference
 from tinybase import tiny_base
 
@@ -41,6 +42,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@float64_throughout()
 def test_folded_generation_equals_the_mixed_one(case):
     settings, call, rows = CASES[case]
     model = mixture(**settings)
@@ -57,11 +59,12 @@ def test_folded_generation_equals_the_mixed_one(case):
     found = model.generate(IDS.repeat(rows, 1), fold=True, **arguments)
     assert torch.equal(found.sequences, expected.sequences)
     for one, other, bare in zip(found.logits, expected.logits, base.logits, strict=True):
-        assert difference(one, other) <= 1e-6
+        assert difference(one, other) <= EXACT
         assert (case == "base") == torch.equal(other, bare)
     assert_as_before(model, before)
 
 
+@float64_throughout()
 def test_a_tied_head_is_not_folded_into_the_embedding():
     base = tiny_base()
     base.config.tie_word_embeddings = True
@@ -75,7 +78,7 @@ def test_a_tied_head_is_not_folded_into_the_embedding():
     expected = model.generate(IDS, do_sample=False, **arguments)
     found = model.generate(IDS, do_sample=False, fold=True, **arguments)
     for one, other in zip(found.logits, expected.logits, strict=True):
-        assert difference(one, other) <= 1e-6
+        assert difference(one, other) <= EXACT
 
 
 def test_layers_are_folded_while_it_runs_and_restored_after_an_error():

@@ -17,6 +17,7 @@ from dylora_moe.benchmark.counts import FLOP_FORMULAS
 from dylora_moe.mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, sparse
 from dylora_moe.mixing.member import LayerExperts, Member, side_by_side
 from oracle import Loop
+from rounding import float64_throughout
 from tiny import difference, routed_layer
 from tinybase import tiny_base
 
@@ -273,6 +274,7 @@ def test_the_matrices_of_a_mixture_lie_side_by_side():
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if "router" not in n)
 
 
+@float64_throughout()
 def test_the_whole_model_in_every_form():
     config = MoELoraConfig(num_experts=6, r=4, init_lora_weights=False, router_layer=1, top_k=2)
     model = DyLoraMoE.from_base(tiny_base(), config).double().eval()
@@ -288,7 +290,7 @@ def test_the_whole_model_in_every_form():
             outputs[form].append(model.generate(ids, max_new_tokens=5, do_sample=False))
     for form, found in outputs.items():
         for one, other in zip(found, outputs["reference"], strict=True):
-            assert difference(one, other) <= 1e-6, form  # the router computes in float32
+            assert difference(one, other) <= TOLERANCE, form
 
 
 @torch.no_grad()
