@@ -27,7 +27,7 @@ FLOAT32 = 2 * LAYERS * WIDTH * torch.finfo(torch.float32).eps
 
 @contextlib.contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Within it every cast to float32 is a cast to float64, in transformers' code as in ours; also a decorator."""
+    """Within it what is cast to float32 is cast to float64, in transformers' code as in ours; also a decorator."""
 
     def widened(function: Any) -> Any:
         @functools.wraps(function)
@@ -40,6 +40,6 @@ def float64_throughout() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", Tensor.double)
-        patch.setattr(Tensor, "to", widened(Tensor.to))
-        patch.setattr(F, "softmax", widened(F.softmax))
+        for owner, name in ((Tensor, "to"), (F, "softmax"), (torch, "zeros")):
+            patch.setattr(owner, name, widened(getattr(owner, name)))
         yield

@@ -74,7 +74,7 @@ def test_random_weights(one_mixture, raw, length):
 @every_architecture
 def test_equal_experts_share_the_gradient_of_the_single_adapter(architecture):
     model = equal_experts(architecture)
-    ids, weights = tokens(), torch.tensor([0.5, 0.3, 0.2]).double()
+    ids, weights = tokens(), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     stock = stock_adapter(model, tiny_base(architecture, torch.float64), "red")
     stock(ids, labels=ids).loss.backward()
     model(ids, labels=ids, routing_weights=weights).loss.backward()
