@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dylora_moe import routing
+from rounding import EXACT, float64_throughout
 
-# float32 sums over a few dozen values, in another order than the loop's float64
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+TOLERANCE = {"rtol": EXACT, "atol": EXACT}
 
 
 def softmax_loop(row: list[float]) -> list[float]:
@@ -21,14 +21,14 @@ def softmax_loop(row: list[float]) -> list[float]:
 
 
 def random_logits(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 2
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_dense_is_the_softmax_over_all(temperature):
     logits = random_logits(5, 4)
     expected = [softmax_loop([value / temperature for value in row]) for row in logits.tolist()]
-    torch.testing.assert_close(routing.dense(logits, temperature), torch.tensor(expected), **TOLERANCE)
+    torch.testing.assert_close(routing.dense(logits, temperature), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -40,7 +40,7 @@ def test_top_k_is_the_softmax_over_the_best_and_zero_elsewhere(k, temperature):
         best = sorted(range(4), key=lambda e: -row[e])[:k]
         shares = softmax_loop([row[e] / temperature for e in best])
         expected = [shares[best.index(e)] if e in best else 0.0 for e in range(4)]
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert found == pytest.approx(expected, abs=EXACT)
         assert [e for e in range(4) if found[e] == 0.0] == [e for e in range(4) if e not in best]
 
 
@@ -79,12 +79,12 @@ def test_masked_logits_get_exactly_zero_even_where_k_reaches_them():
 
 
 def test_top_k_sends_gradient_to_the_kept_logits_only():
-    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], requires_grad=True)
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], dtype=torch.float64, requires_grad=True)
     routing.top_k(logits, 2)[0, 0].backward()
     share = 1 / (1 + math.exp(-1.0))
     expected = [share * (1 - share), 0.0, -share * (1 - share), 0.0]
     assert logits.grad is not None
-    assert logits.grad[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert logits.grad[0].tolist() == pytest.approx(expected, abs=EXACT)
 
 
 def test_load_counts_real_tokens_only():
@@ -92,7 +92,7 @@ def test_load_counts_real_tokens_only():
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool()
     kept = [w for row, m in zip(weights.tolist(), mask.tolist(), strict=True) for w, k in zip(row, m, strict=True) if k]
     expected = [sum(w[e] for w in kept) / len(kept) for e in range(3)]
-    assert routing.load(weights, mask).tolist() == pytest.approx(expected, abs=1e-6)
+    assert routing.load(weights, mask).tolist() == pytest.approx(expected, abs=EXACT)
     everything = [w for row in weights.tolist() for w in row]
     assert routing.load(weights).tolist() == pytest.approx([sum(w[e] for w in everything) / 10 for e in range(3)])
 
@@ -119,7 +119,7 @@ def test_uniform_mse():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).bool()
     share = routing.load(weights, mask).tolist()
     expected = sum((value - 1 / 3) ** 2 for value in share) / 3
-    assert routing.uniform_mse(weights, weights, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert routing.uniform_mse(weights, weights, mask).item() == pytest.approx(expected, rel=EXACT)
 
 
 @pytest.mark.parametrize("experts", [2, 5])
@@ -142,6 +142,7 @@ def test_switch_is_one_at_uniform_and_the_number_of_experts_at_collapse(experts)
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@float64_throughout()
 def test_switch_equals_transformers(masked):
     logits = random_logits(3, 7, 4)
     mask = torch.ones(3, 7, dtype=torch.long)
@@ -163,7 +164,7 @@ def test_z_loss():
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]]).bool()
     rows = [row for row, kept in zip(logits.flatten(0, 1).tolist(), mask.flatten().tolist(), strict=True) if kept]
     expected = sum(math.log(sum(map(math.exp, row))) ** 2 for row in rows) / len(rows)
-    assert routing.z_loss(logits, mask).item() == pytest.approx(expected, rel=1e-6)
+    assert routing.z_loss(logits, mask).item() == pytest.approx(expected, rel=EXACT)
     assert routing.z_loss(logits, mask).shape == ()
 
 
