@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,12 @@ EXACT = 1e-12
 
 FLOAT32 = 2 * LAYERS * WIDTH * torch.finfo(torch.float32).eps
 """Relative: an ulp for each term of the sums on the way through a tiny base, attention and feed-forward."""
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="bfloat16 without vector instructions stops in torch itself on some processors",
+)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,9 @@ def random_logits(*shape: int) -> Tensor:
 def test_dense_is_the_softmax_over_all(temperature):
     logits = random_logits(5, 4)
     expected = [softmax_loop([value / temperature for value in row]) for row in logits.tolist()]
-    torch.testing.assert_close(routing.dense(logits, temperature), torch.tensor(expected, dtype=torch.float64), **TOLERANCE)
+    torch.testing.assert_close(
+        routing.dense(logits, temperature), torch.tensor(expected, dtype=torch.float64), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

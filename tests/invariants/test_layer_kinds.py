@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
+from rounding import needs_bfloat16
 from tiny import EXPERTS, difference, routed_layer
 
 NAMES = tuple(EXPERTS)
@@ -137,6 +138,7 @@ def float_version(layer: Any) -> Any:
     return copy.deepcopy(layer).float()
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
 def test_bfloat16_base_with_float32_adapters(make):
     layer = routed_layer(make().bfloat16())
@@ -152,6 +154,7 @@ def test_bfloat16_base_with_float32_adapters(make):
         assert difference(found[name], expected[name]) <= FEW_ULPS_OF_BFLOAT16, name
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
 def test_autocast(adapters):
     layer = routed_layer(nn.Linear(64, 48))

@@ -17,7 +17,7 @@ from dylora_moe.benchmark.counts import FLOP_FORMULAS
 from dylora_moe.mixing import choose, dense_mixture, gathered_mixture, grouped_mixture, sparse
 from dylora_moe.mixing.member import LayerExperts, Member, side_by_side
 from oracle import Loop
-from rounding import float64_throughout
+from rounding import float64_throughout, needs_bfloat16
 from tiny import difference, routed_layer
 from tinybase import tiny_base
 
@@ -151,6 +151,7 @@ def test_one_choice_per_sequence(form):
     compare(layer, form, torch.randn(3, 5, 8).double(), torch.randn(3, 1, 4).double(), active=1)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form):
     layer = routed_layer(nn.Linear(64, 48), {f"e{i}": {"r": 8} for i in range(4)})

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from dylora_moe import DyLoraMoE, enable_routing
+from rounding import needs_bfloat16
 from tiny import (
     ATTENTION_INPUT,
     NAMES,
@@ -104,6 +105,7 @@ def test_dora_and_an_embedding():
     assert_bitwise(step(model, experts="red"), step(stock_adapter(model, tiny_base("llama"), "red")))
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("autocast", [True, False])
 @every_architecture
 def test_low_precision(architecture, autocast):
