@@ -1,4 +1,4 @@
-"""Offline, seeded and one thread per worker: what every test runs under."""
+"""Offline, seeded and one thread per worker, unless OMP_NUM_THREADS says more: what every test runs under."""
 
 import os
 
@@ -16,8 +16,7 @@ import torch
 
 from rounding import float64_throughout
 
-# The models are tiny; a second thread only waits, unless it is to be tested.
-torch.set_num_threads(int(os.environ.get("DYLORA_TEST_THREADS", "1")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny; a second one only waits
 
 hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dylora")

@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiny import LAYERS, WIDTH, difference
+from tiny import LAYERS, WIDTH
 
 EXACT = 1e-12
 """Relative, where everything is float64: thousands of ulps, and a millionth of what one float32 in between costs."""
 
-FLOAT32 = 2 * LAYERS * WIDTH * torch.finfo(torch.float32).eps
-"""Relative: an ulp for each term of the sums on the way through a tiny base, attention and feed-forward."""
+
+def ulps(terms: int) -> float:
+    """Relative, for float32 sums of `terms` products in different orders: an ulp each, and 32 at the least."""
+    return max(terms, 32) * torch.finfo(torch.float32).eps
+
+
+FLOAT32 = ulps(2 * LAYERS * WIDTH)
+"""Relative: for the sums on the way through a tiny base in float32, attention and feed-forward."""
 
 
 needs_bfloat16 = pytest.mark.skipif(

@@ -12,10 +12,10 @@ from tiny import difference
 from tinybase import tiny_base
 
 
-def mixture(**settings) -> DyLoraMoE:
+def mixture(layers: int = 4, **settings) -> DyLoraMoE:
     torch.manual_seed(0)
     config = MoELoraConfig(num_experts=3, r=4, init_lora_weights=False, **{"router_layer": 1, **settings})
-    return DyLoraMoE.from_base(tiny_base(), config).double().eval()
+    return DyLoraMoE.from_base(tiny_base(layers), config).double().eval()
 
 
 def weights_of(model: DyLoraMoE) -> list[tuple[int, torch.Tensor]]:
@@ -181,7 +181,7 @@ def test_folding_twice_keeps_the_first_original():
 )
 def test_a_compiled_model_gets_its_weights_back(settings, call):
     torch._dynamo.reset()
-    plain, fast = mixture(**settings), mixture(**settings)
+    plain, fast = mixture(2, **settings), mixture(2, **settings)
     before = weights_of(fast)
     fast.compile(backend="eager", fullgraph=True)
     options = {"max_new_tokens": 4, "do_sample": False, **call}

@@ -111,9 +111,8 @@ def test_a_padded_row_is_the_row(architecture, side):
 @every_granularity
 @every_placement
 def test_what_padding_holds_does_not_matter(placement, granularity):
-    model = tiny_mixture(
-        "llama", torch.float64, granularity=granularity, balance_coefficient=3.0, **PLACEMENTS[placement]
-    ).train()
+    settings = {"granularity": granularity, "balance_coefficient": 3.0, **PLACEMENTS[placement]}
+    model = tiny_mixture("llama", torch.float64, **settings).train()
     ids, inputs = padded("left")
     inputs["labels"][:, -1:], inputs["labels"][:, :-1] = ids[:, -1:], -100  # the rest is the prompt
     hidden = inputs["attention_mask"] == 0

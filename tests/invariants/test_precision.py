@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from dylora_moe import DyLoraMoE, enable_routing
-from rounding import needs_bfloat16
+from rounding import FLOAT32, needs_bfloat16
 from tiny import (
     NAMES,
     PLACEMENTS,
@@ -27,7 +27,7 @@ from tiny import (
     tokens,
 )
 
-COMPILED = 1e-5
+COMPILED = FLOAT32
 """The compiled graph adds up in another order in float32."""
 
 
