@@ -120,9 +120,8 @@ def test_scalings_of_a_float64_layer_are_not_rounded_to_the_weights_dtype(form):
 @pytest.mark.parametrize("sizes", [(1, 8), (8, 1), (1, 1), (4, 1)])
 def test_layers_of_width_one_in_float32(sizes):
     layer = routed_layer(nn.Linear(*sizes), {f"e{i}": {"r": 4} for i in range(3)})
-    compare(
-        layer, "grouped", torch.randn(1, 5, sizes[0]), torch.randn(1, 5, 3), active=2, tolerance=ulps(128)
-    )  # one output, whose terms may cancel
+    x, logits = torch.randn(1, 5, sizes[0]), torch.randn(1, 5, 3)
+    compare(layer, "grouped", x, logits, active=2, tolerance=ulps(128))  # a single output, whose terms may cancel
 
 
 @torch.no_grad()
