@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test test-all test-processors lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,8 +34,21 @@ demo: install ## train four experts on SmolLM2-135M and print the results (about
 test: install ## run the tests, offline (ARGS="-k router" is passed on to pytest)
 	$(PYTEST)
 
-test-all: install ## run the slow tests as well
+test-all: install test-processors ## run the slow tests as well, and the invariants on every instruction set
 	$(PYTEST) -m "not gpu"
+
+# torch rounds differently with other vector instructions and threads. An x86 processor can do what lies below its
+# own as well; on others there is one kind.
+INVARIANTS ?= tests/invariants
+
+test-processors: install ## run the invariants with and without vector instructions, with one and two threads
+	@own=$$($(VENV)/bin/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())') || exit; \
+	case $$own in AVX512) levels="default avx2 own";; AVX2) levels="default own";; *) levels=own;; esac; \
+	for level in $$levels; do for threads in 1 2; do \
+		echo "== $$level (this processor: $$own), threads: $$threads"; \
+		(if [ $$level = own ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$level; fi; \
+		export OMP_NUM_THREADS=$$threads; $(PYTEST) -q $(INVARIANTS)) || exit; \
+	done; done
 
 lint: install ## check style, format and types
 	$(RUN) ruff check

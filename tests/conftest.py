@@ -1,4 +1,4 @@
-"""Offline, seeded and one thread per worker: what every test runs under."""
+"""Offline, seeded and one thread per worker, unless OMP_NUM_THREADS says more: what every test runs under."""
 
 import os
 
@@ -7,13 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny; a second thread only waits
+from rounding import float64_throughout
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny; a second one only waits
 
 hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dylora")
@@ -23,6 +26,13 @@ hypothesis.settings.load_profile("dylora")
 def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[None]:
+    """Float64 throughout, so that a module of float64 models may compare to `rounding.EXACT`."""
+    with float64_throughout():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from . import __version__
 from .benchmark.command import bench
 from .report.terminal import (
     colour_by_expert,
@@ -24,6 +23,7 @@ from .report.terminal import (
     results_tables,
     routing_table,
 )
+from .version import __version__
 
 app = typer.Typer(
     help="Many LoRA experts in one model, routed token by token.",

@@ -224,7 +224,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                     f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
                 )
             base_kwargs = {**({"revision": known.base_revision} if known.base_revision else {}), **base_kwargs}
-        model, given_name = load_base(known.base_name if base is None else base, base_kwargs)
+        model, given_name = load_base(base or known.base_name or "", base_kwargs)
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)

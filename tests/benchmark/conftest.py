@@ -6,9 +6,9 @@ import pytest
 
 from dylora_moe.benchmark.models import Models
 from dylora_moe.benchmark.run import FORMAT_VERSION
+from dylora_moe.benchmark.runners import runners
 from dylora_moe.benchmark.settings import Settings
 from dylora_moe.benchmark.targets import PLANS
-from dylora_moe.benchmark.work import runners
 
 TINY = {"shape": "tiny", "experts": (4,), "batch": 2, "length": 12, "new_tokens": 3, "rank": 4, "rounds": 0}
 

@@ -19,18 +19,18 @@ def test_the_layer_sees_the_tokens_of_the_work(variants, work, tokens):
 
 def test_nothing_of_the_routing_stays_in_force(variants):
     _, _, runners, _ = variants(work="linear-token", variants=("base", "auto"))
-    holder = runners["auto/4"].model.routing
-    before = holder.in_force
+    holder = runners["auto/4"].model.holder
     with runners["auto/4"].in_force():
-        assert holder.in_force
+        assert holder.now.weights is not None
         runners["auto/4"].step()
-    assert holder.in_force == before
-    assert holder.packed is None
+    assert holder.now is holder.resting
+    assert holder.generation is None
 
 
 def test_the_weights_of_the_state_are_a_leaf_with_a_gradient_where_it_trains(variants):
     _, _, runners, _ = variants(work="linear-train", variants=("base", "auto"))
     model, ids = runners["auto/4"].model, torch.arange(6).view(1, 6)
     layer = runners["auto/4"].layers[0]
-    leaves = [part for part in routing_state(model, layer, ids, "auto") if isinstance(part, torch.Tensor)]
-    assert any(leaf.requires_grad and leaf.is_leaf for leaf in leaves)
+    weights = routing_state(model, layer, ids, "auto").weights
+    assert weights.requires_grad
+    assert weights.is_leaf

@@ -18,8 +18,8 @@ def test_a_form_is_in_force_within_its_block_only(variants):
     _, models, _, _ = variants(variants=("base",))
     model = models.mixture(2)
     with mixing_form(model, "reference"):
-        assert model.moe_config.mixing_form == model.routing.form == "reference"
-    assert model.moe_config.mixing_form == model.routing.form == "auto"
+        assert model.moe_config.mixing_form == "reference"
+    assert model.moe_config.mixing_form == "auto"
 
 
 def test_fake_models_hold_no_storage(variants):

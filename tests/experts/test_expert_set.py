@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dylora_moe import DyLoraMoE, Router
 from dylora_moe.experts.expert_set import ExpertSet
 from dylora_moe.layers.routed import RoutedLayer
+from rounding import EXACT, float64_throughout
 from stock import assert_same_tensors, assert_unchanged, logits, save_stock_adapter, snapshot, stir, stock_logits
 from tiny import difference, tiny_base, tiny_config, tiny_mixture, tokens
 
@@ -60,8 +61,9 @@ def test_trainable_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"granularity": "sequence"}, {"route_to_base": True}], ids=str)
 @pytest.mark.parametrize("training", [True, False])
+@float64_throughout()
 def test_new_expert_is_masked_until_routing_starts(settings, training):
-    model = tiny_mixture(**settings).train(training)
+    model = tiny_mixture(dtype=torch.float64, **settings).train(training)
     with torch.no_grad():
         before = model(tokens())
         model.add_expert("late", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -69,9 +71,9 @@ def test_new_expert_is_masked_until_routing_starts(settings, training):
     assert (masked.routing_weights[..., 3] == 0).all()
     assert torch.isneginf(masked.router_logits[..., 3]).all()
     kept = [0, 1, 2, *([4] if "route_to_base" in settings else [])]
-    assert difference(masked.router_logits[..., kept], before.router_logits) <= 1e-6
-    assert difference(masked.routing_weights[..., :3], before.routing_weights) <= 1e-6
-    assert difference(masked.logits, before.logits) <= 1e-6
+    assert difference(masked.router_logits[..., kept], before.router_logits) <= EXACT
+    assert difference(masked.routing_weights[..., :3], before.routing_weights) <= EXACT
+    assert difference(masked.logits, before.logits) <= EXACT
 
     model.start_routing()
     assert model.expert_states["late"] == "routed"
@@ -249,23 +251,25 @@ def test_an_optimizer_goes_on_with_a_renamed_expert():
 
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+@float64_throughout()
 def test_renaming_a_merged_expert_leaves_nothing_of_it_in_the_base():
     """PEFT takes it out of the base's weights by its name."""
-    model = tiny_mixture()
+    model = tiny_mixture(dtype=torch.float64)
     before, base = logits(model, tokens()), logits(model, tokens(), experts="base")
     model.base_model.merge_adapter(["red"])
     model.rename_expert("red", "crimson")
-    assert difference(logits(model, tokens()), before) <= 1e-5
-    assert difference(logits(model, tokens(), experts="base"), base) <= 1e-5
+    assert difference(logits(model, tokens()), before) <= EXACT
+    assert difference(logits(model, tokens(), experts="base"), base) <= EXACT
 
 
+@float64_throughout()
 def test_frozen_expert_is_used_but_gets_no_gradient():
-    model = tiny_mixture().train()
+    model = tiny_mixture(dtype=torch.float64).train()
     expected = logits(model, tokens())
     model.freeze_expert("green")
     model.add_expert("late")  # refreshes what is trainable
     output = model(tokens(), labels=tokens())
-    assert difference(output.logits, expected) <= 1e-6
+    assert difference(output.logits, expected) <= EXACT
     output.loss.backward()
     assert all(tensor.tensor.grad is None for tensor in model.expert_tensors("green"))
     assert all(tensor.tensor.grad is not None for tensor in model.expert_tensors("red"))

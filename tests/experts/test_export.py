@@ -10,6 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from dylora_moe import DyLoraMoE
+from rounding import EXACT, FLOAT32
 from stock import logits, stir, stock_logits
 from tiny import ARCHITECTURES, difference, mixed_experts, tiny_base, tiny_config, tiny_mixture, tokens
 
@@ -65,9 +66,9 @@ def test_exported_mixture_is_the_forced_mixture(architecture, weights, tmp_path)
     expected = logits(model, tokens(), routing_weights=given)
     model.export_mixture(weights, tmp_path)
     base = tiny_base(architecture, torch.float64)
-    assert difference(stock_logits(tmp_path, base, tokens()), expected) <= 1e-12
+    assert difference(stock_logits(tmp_path, base, tokens()), expected) <= EXACT
     again = DyLoraMoE.from_adapters(base, {"fixed": str(tmp_path)}).eval()
-    assert difference(logits(again, tokens(), experts="fixed"), expected) <= 1e-12
+    assert difference(logits(again, tokens(), experts="fixed"), expected) <= EXACT
     assert difference(expected, logits(model, tokens(), experts="base")) > 1e-2
 
 
@@ -76,7 +77,7 @@ def test_exported_mixture_in_single_precision(tmp_path):
     expected = logits(model, tokens(), routing_weights=torch.tensor([0.5, 0.3, 0.2]))
     model.export_mixture(WEIGHTS[0], tmp_path)
     # other GEMM shapes than the mixture's, over four layers
-    assert difference(stock_logits(tmp_path, tiny_base(), tokens()), expected) <= 1e-5
+    assert difference(stock_logits(tmp_path, tiny_base(), tokens()), expected) <= FLOAT32
 
 
 def test_exported_mixture_adds_up_the_ranks_layer_by_layer(tmp_path):
@@ -98,7 +99,7 @@ def test_exported_mixture_with_experts_on_the_embeddings(tmp_path):
     stir(model)
     expected = logits(model, tokens(), routing_weights=torch.tensor([0.25, 1.5], dtype=torch.float64))
     model.export_mixture({"ids": 0.25, "more": 1.5}, tmp_path)
-    assert difference(stock_logits(tmp_path, tiny_base("gemma2", torch.float64), tokens()), expected) <= 1e-12
+    assert difference(stock_logits(tmp_path, tiny_base("gemma2", torch.float64), tokens()), expected) <= EXACT
 
 
 def with_odd_experts() -> DyLoraMoE:

@@ -5,10 +5,12 @@ import functools
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from dylora_moe import DyLoraMoE
+from rounding import EXACT
 from tiny import (
     PLACEMENTS,
     difference,
@@ -20,7 +22,8 @@ from tiny import (
     tokens,
 )
 
-TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("exact")
+
 NEW = 10
 
 
@@ -68,7 +71,7 @@ def test_a_draft_that_gets_rejected(architecture, placement, granularity):
     lengths = lengths_of_passes(model)
     out = generate(model, ids, assistant_model=draft)
     assert torch.equal(out.sequences, expected.sequences)
-    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= EXACT
     if placement != "last":  # whose routing pass runs the top layer, too
         assert_some_accepted_and_some_rejected(lengths, 6)
 
@@ -81,7 +84,7 @@ def test_prompt_lookup(placement):
     out = generate(model, ids, prompt_lookup_num_tokens=3)
     assert max(lengths[1:]) > 1, "nothing was proposed"
     assert torch.equal(out.sequences, expected.sequences)
-    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= EXACT
 
 
 @every_placement
@@ -91,4 +94,4 @@ def test_a_bare_base_as_draft_and_a_forced_expert(placement):
         expected = generate(model, ids, **options)
         out = generate(model, ids, assistant_model=tiny_base("llama", torch.float64), **options)
         assert torch.equal(out.sequences, expected.sequences)
-        assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+        assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= EXACT

@@ -1,7 +1,6 @@
 """Invariant 4: decoding with a cache equals the full forward at every router layer and granularity.
 
-Float64 bases, so that the policies cannot flip. 1e-5, because norms and routers compute, and `generate` returns,
-float32, and an ulp of it grows tenfold through layers with weights this large.
+In float64 throughout, so that the policies cannot flip: norms, routers and the logits that `generate` returns.
 """
 
 import functools
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from dylora_moe import DyLoraMoE
+from rounding import EXACT
 from tiny import (
     NAMES,
     PLACEMENTS,
@@ -28,7 +28,8 @@ from tiny import (
     tokens,
 )
 
-TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("exact")
+
 NEW = 7
 
 
@@ -54,7 +55,7 @@ def full_forward(model: DyLoraMoE, sequences: Tensor, prompt: int, **options: An
 
 def assert_same_as_full_forward(model: DyLoraMoE, out: Any, prompt: int, **options: Any) -> None:
     expected = full_forward(model, out.sequences, prompt, **options).logits[:, prompt - 1 : -1]
-    assert difference(torch.stack(out.logits, dim=1), expected) <= TOLERANCE
+    assert difference(torch.stack(out.logits, dim=1), expected) <= EXACT
 
 
 @every_granularity
@@ -66,10 +67,10 @@ def test_greedy(architecture, placement, granularity):
         out = generate(model, ids)
     assert_same_as_full_forward(model, out, 6)
     routed = full_forward(model, out.sequences, 6).routing_weights[:, :-1]
-    assert difference(trace.weights, routed) <= TOLERANCE
+    assert difference(trace.weights, routed) <= EXACT
     uncached = generate(model, ids, use_cache=False)
     assert torch.equal(uncached.sequences, out.sequences)
-    assert difference(torch.stack(uncached.logits), torch.stack(out.logits)) <= TOLERANCE
+    assert difference(torch.stack(uncached.logits), torch.stack(out.logits)) <= EXACT
 
 
 @every_granularity
@@ -91,7 +92,7 @@ def test_beams(placement, granularity):
     out = generate(model, ids, num_beams=3, num_return_sequences=2, output_scores=True)
     logits = full_forward(model, out.sequences, 6).logits[:, 5:-1].log_softmax(-1)
     chosen = logits.gather(-1, out.sequences[:, 6:, None]).sum((1, 2))
-    assert difference(out.sequences_scores, chosen / NEW) <= TOLERANCE
+    assert difference(out.sequences_scores, chosen / NEW) <= EXACT
     uncached = generate(model, ids, num_beams=3, num_return_sequences=2, use_cache=False)
     assert torch.equal(out.sequences, uncached.sequences)
 
@@ -99,16 +100,14 @@ def test_beams(placement, granularity):
 @every_granularity
 @every_combination
 def test_left_padded_batch(architecture, placement, granularity):
-    # transformers' Gemma 2 gives NaN for left padding in float64
-    dtype = torch.float32 if architecture == "gemma2" else torch.float64
-    model = mixture(architecture, placement, granularity, dtype=dtype)
+    model = mixture(architecture, placement, granularity)
     rows = [tokens(1, 8, seed=1)[0], tokens(1, 5, seed=2)[0], tokens(1, 3, seed=3)[0]]
     ids, mask = left_padded(rows)
     out = generate(model, ids, attention_mask=mask)
     for i, row in enumerate(rows):
         alone = generate(model, row[None])
         assert torch.equal(out.sequences[i, 8:], alone.sequences[0, len(row) :])
-        assert difference(torch.stack(out.logits)[:, i], torch.stack(alone.logits)[:, 0]) <= TOLERANCE
+        assert difference(torch.stack(out.logits)[:, i], torch.stack(alone.logits)[:, 0]) <= EXACT
 
 
 class Collected(BaseStreamer):
@@ -145,8 +144,8 @@ def test_cache_continued_in_pieces(architecture, placement):
         cache = out.past_key_values
         logits.append(out.logits)
         weights.append(out.routing_weights)
-    assert difference(torch.cat(weights, 1), expected.routing_weights) <= TOLERANCE
-    assert difference(torch.cat(logits, 1), expected.logits) <= TOLERANCE
+    assert difference(torch.cat(weights, 1), expected.routing_weights) <= EXACT
+    assert difference(torch.cat(logits, 1), expected.logits) <= EXACT
 
 
 @every_placement
@@ -175,7 +174,7 @@ def test_inputs_embeds(placement, granularity):
     embeds = model.get_input_embeddings()(ids)
     out = generate(model, ids, inputs_embeds=embeds)
     expected = generate(model, ids)
-    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= TOLERANCE
+    assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= EXACT
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"experts": ["red", None]}], ids=str)

@@ -1,5 +1,6 @@
 """Compiled mixtures: full graphs, few of them, and the plain run's numbers."""
 
+import functools
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
+from rounding import FLOAT32
 from tiny import difference
 from tinybase import tiny_base
 
@@ -31,7 +33,7 @@ def fresh():
 def mixture(**settings) -> DyLoraMoE:
     torch.manual_seed(0)
     config = MoELoraConfig(num_experts=4, r=4, init_lora_weights=False, **{"router_layer": 1, **settings})
-    return DyLoraMoE.from_base(tiny_base(), config).eval()
+    return DyLoraMoE.from_base(tiny_base(2), config).eval()
 
 
 def graphs() -> int:
@@ -48,7 +50,8 @@ def test_two_graphs_serve_every_length_new_weights_and_temperatures(name):
     plain, fast = mixture(**SETTINGS[name]), mixture(**SETTINGS[name])
     fast.compile(backend="aot_eager", fullgraph=True)
     for length in (12, 17, 23, 31):
-        assert difference(fast(ids(length), use_cache=False).logits, plain(ids(length), use_cache=False).logits) <= 1e-5
+        found, expected = (model(ids(length), use_cache=False).logits for model in (fast, plain))
+        assert difference(found, expected) <= FLOAT32
     assert 1 <= graphs() <= 2
     assert not counters["graph_break"]
     before = graphs()
@@ -56,7 +59,7 @@ def test_two_graphs_serve_every_length_new_weights_and_temperatures(name):
         model.moe_config.temperature = 0.5
         for parameter in model.parameters():
             parameter.data.mul_(1.01)
-    assert difference(fast(ids(17), use_cache=False).logits, plain(ids(17), use_cache=False).logits) <= 1e-5
+    assert difference(fast(ids(17), use_cache=False).logits, plain(ids(17), use_cache=False).logits) <= FLOAT32
     assert graphs() == before
 
 
@@ -68,7 +71,7 @@ def test_one_graph_serves_every_forced_expert():
     for experts in ("expert_1", "expert_2", "expert_0", "base"):
         found = fast(ids(12), use_cache=False, experts=experts)
         expected = plain(ids(12), use_cache=False, experts=experts)
-        assert difference(found.logits, expected.logits) <= 1e-5
+        assert difference(found.logits, expected.logits) <= FLOAT32
         assert torch.equal(found.routing_weights, expected.routing_weights)
         seen.append(graphs())
     assert seen == [1, 1, 1, 1]
@@ -97,28 +100,34 @@ def test_compiled_decoding_with_a_static_cache():
     assert graphs() == once <= 3  # the prompt, the tokens, and one more for the number of positions
 
 
+def made(model, lengths, **options) -> int:
+    """How many graphs there are once prompts of these lengths have been continued."""
+    for length in lengths:
+        model.generate(ids(length), max_new_tokens=3, do_sample=False, cache_implementation="static", **options)
+    return graphs()
+
+
+@functools.cache
+def graphs_of_the_base() -> int:
+    base = tiny_base(2).eval()
+    base.compile(backend="aot_eager", fullgraph=True)
+    count = made(base, (12, 17, 31, 12, 40))
+    torch._dynamo.reset()
+    counters.clear()
+    return count
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dense", "top-2"])
 def test_compiled_generation_makes_no_more_graphs_than_the_bare_base(name):
     """Over prompt lengths, new weights, another temperature and the next call; forced experts add theirs once."""
-
-    def made(model, lengths, **options) -> int:
-        for length in lengths:
-            model.generate(ids(length), max_new_tokens=4, do_sample=False, cache_implementation="static", **options)
-        return graphs()
-
-    base = tiny_base().eval()
-    base.compile(backend="aot_eager", fullgraph=True)
-    allowed = made(base, (12, 17, 23, 31, 12, 40))
-    torch._dynamo.reset()
-    counters.clear()
+    allowed = graphs_of_the_base()
     fast = mixture(**SETTINGS[name])
     fast.compile(backend="aot_eager", fullgraph=True)
-    assert made(fast, (12, 17, 23)) <= allowed
+    assert made(fast, (12, 17)) <= allowed
     for parameter in fast.parameters():
         parameter.data.mul_(1.01)
     fast.moe_config.temperature = 0.5
-    once = made(fast, (31, 12, 40))
-    assert once <= allowed
+    assert made(fast, (31, 12, 40)) <= allowed
     with_forced = made(fast, (12, 17), experts="expert_1")
-    assert made(fast, (23, 40), experts="expert_2") == with_forced <= 2 * allowed
+    assert made(fast, (40,), experts="expert_2") == with_forced <= 2 * allowed

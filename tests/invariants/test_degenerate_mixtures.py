@@ -1,7 +1,6 @@
 """Invariant 3: equal experts under any weights are the single adapter; without deltas there is only the base.
 
-Float64 without a router between: 1e-12 where the architecture computes in float64 throughout, 1e-6 where its norms
-are float32.
+In float64 throughout, norms and routers included.
 """
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dylora_moe import DyLoraMoE
+from rounding import EXACT
 from tiny import (
     NAMES,
     PLACEMENTS,
@@ -23,9 +23,7 @@ from tiny import (
     tokens,
 )
 
-TOLERANCE = {"gpt2": 1e-12, "opt": 1e-12, "llama": 1e-6, "qwen2": 1e-6, "gemma2": 1e-6}
-ROUTED = 1e-6
-"""Where the weights come from the router, whose float32 softmax sums to 1 only to an ulp."""
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 def equal_experts(architecture: str, **changes) -> DyLoraMoE:
@@ -46,7 +44,7 @@ def test_equal_experts_under_any_weights(architecture):
     shares = [drawn.softmax(-1), drawn / drawn.sum(-1, keepdim=True).clamp(min=0.5)]
     shares[1][..., 0] += 1 - shares[1].sum(-1)  # negative ones and ones above 1, too
     for weights in [*shares, *torch.eye(3).double()]:
-        assert difference(model(ids, routing_weights=weights).logits, expected) <= TOLERANCE[architecture]
+        assert difference(model(ids, routing_weights=weights).logits, expected) <= EXACT
 
 
 @every_combination
@@ -54,8 +52,8 @@ def test_equal_experts_routed(architecture, placement):
     model = equal_experts(architecture, **PLACEMENTS[placement])
     ids = tokens()
     expected = model(ids, experts="red").logits
-    assert difference(model(ids).logits, expected) <= ROUTED
-    assert difference(model.train()(ids).logits, expected) <= ROUTED
+    assert difference(model(ids).logits, expected) <= EXACT
+    assert difference(model.train()(ids).logits, expected) <= EXACT
 
 
 @pytest.fixture(scope="module")
@@ -70,35 +68,35 @@ def test_random_weights(one_mixture, raw, length):
     weights = torch.tensor(raw, dtype=torch.float64)
     weights[0] += 1 - weights.sum()
     expected = model(ids, experts="green").logits
-    assert difference(model(ids, routing_weights=weights).logits, expected) <= 1e-11  # weights up to 10
+    assert difference(model(ids, routing_weights=weights).logits, expected) <= 10 * EXACT  # weights up to 10
 
 
 @every_architecture
 def test_equal_experts_share_the_gradient_of_the_single_adapter(architecture):
     model = equal_experts(architecture)
-    ids, weights = tokens(), torch.tensor([0.5, 0.3, 0.2]).double()
+    ids, weights = tokens(), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     stock = stock_adapter(model, tiny_base(architecture, torch.float64), "red")
     stock(ids, labels=ids).loss.backward()
     model(ids, labels=ids, routing_weights=weights).loss.backward()
     found = gradients(model)
     for name, gradient in gradients(stock).items():
         for share, expert in zip(weights, NAMES, strict=True):
-            assert difference(found[name.replace(".red.", f".{expert}.")], share * gradient) <= 10 * ROUTED
+            assert difference(found[name.replace(".red.", f".{expert}.")], share * gradient) <= EXACT
 
 
 @every_combination
 def test_a_zero_delta_leaves_the_base(architecture, placement):
     model = tiny_mixture(architecture, torch.float64, init_lora_weights=True, **PLACEMENTS[placement])
     expected = tiny_base(architecture, torch.float64)(tokens()).logits
-    assert difference(model(tokens()).logits, expected) <= TOLERANCE[architecture]
-    assert difference(model.train()(tokens()).logits, expected) <= TOLERANCE[architecture]
+    assert difference(model(tokens()).logits, expected) <= EXACT
+    assert difference(model.train()(tokens()).logits, expected) <= EXACT
 
 
 @every_architecture
 def test_weights_of_zero_leave_the_base(architecture):
     model = tiny_mixture(architecture, torch.float64)
     expected = tiny_base(architecture, torch.float64)(tokens()).logits
-    assert difference(model(tokens(), routing_weights=torch.zeros(3)).logits, expected) <= TOLERANCE[architecture]
+    assert difference(model(tokens(), routing_weights=torch.zeros(3)).logits, expected) <= EXACT
 
 
 @every_architecture
@@ -106,4 +104,4 @@ def test_an_expert_alone_is_its_column(architecture):
     model = tiny_mixture(architecture, torch.float64)
     for name, weights in zip(NAMES, torch.eye(3).double(), strict=True):
         expected = model(tokens(), experts=name).logits
-        assert difference(model(tokens(), routing_weights=weights).logits, expected) <= TOLERANCE[architecture]
+        assert difference(model(tokens(), routing_weights=weights).logits, expected) <= EXACT

@@ -8,14 +8,15 @@ import torch
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.layers.fold import fold, unfold
 from dylora_moe.layers.in_force import Generation
+from rounding import EXACT, float64_throughout
 from tiny import difference
 from tinybase import tiny_base
 
 
-def mixture(**settings) -> DyLoraMoE:
+def mixture(layers: int = 4, **settings) -> DyLoraMoE:
     torch.manual_seed(0)
     config = MoELoraConfig(num_experts=3, r=4, init_lora_weights=False, **{"router_layer": 1, **settings})
-    return DyLoraMoE.from_base(tiny_base(), config).double().eval()
+    return DyLoraMoE.from_base(tiny_base(layers), config).double().eval()
 
 
 def weights_of(model: DyLoraMoE) -> list[tuple[int, torch.Tensor]]:
@@ -46,6 +47,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@float64_throughout()
 def test_folded_generation_equals_the_mixed_one(case):
     settings, call, rows = CASES[case]
     model = mixture(**settings)
@@ -62,11 +64,12 @@ def test_folded_generation_equals_the_mixed_one(case):
     found = model.generate(IDS.repeat(rows, 1), fold=True, **arguments)
     assert torch.equal(found.sequences, expected.sequences)
     for one, other, bare in zip(found.logits, expected.logits, base.logits, strict=True):
-        assert difference(one, other) <= 1e-6
+        assert difference(one, other) <= EXACT
         assert (case == "base") == torch.equal(other, bare)
     assert_as_before(model, before)
 
 
+@float64_throughout()
 def test_a_tied_head_is_not_folded_into_the_embedding():
     base = tiny_base()
     base.config.tie_word_embeddings = True
@@ -80,7 +83,7 @@ def test_a_tied_head_is_not_folded_into_the_embedding():
     expected = model.generate(IDS, do_sample=False, **arguments)
     found = model.generate(IDS, do_sample=False, fold=True, **arguments)
     for one, other in zip(found.logits, expected.logits, strict=True):
-        assert difference(one, other) <= 1e-6
+        assert difference(one, other) <= EXACT
 
 
 def test_layers_are_folded_while_it_runs_and_restored_after_an_error():
@@ -184,7 +187,7 @@ def test_folding_twice_keeps_the_first_original():
 )
 def test_a_compiled_model_gets_its_weights_back(settings, call):
     torch._dynamo.reset()
-    plain, fast = mixture(**settings), mixture(**settings)
+    plain, fast = mixture(2, **settings), mixture(2, **settings)
     before = weights_of(fast)
     fast.compile(backend="eager", fullgraph=True)
     options = {"max_new_tokens": 4, "do_sample": False, **call}

@@ -14,6 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from dylora_moe.layers.in_force import Generation, InForce
+from rounding import EXACT, needs_bfloat16, ulps
 from tiny import EXPERTS, difference, routed_layer
 
 NAMES = tuple(EXPERTS)
@@ -77,7 +78,7 @@ def test_kinds_without_a_fast_form(kind):
     found = outcome(layer, x, weights, dy, mixed=True)
     assert found.keys() == expected.keys()
     for name in expected:
-        assert difference(found[name], expected[name]) <= 1e-12, name
+        assert difference(found[name], expected[name]) <= EXACT, name
 
 
 @pytest.mark.parametrize("merged", [["red"], ["green", "blue"], list(NAMES)], ids=str)
@@ -90,14 +91,14 @@ def test_merged_adapters_are_counted_once(make, merged):
     forced = {name: only(layer, x, [name]) for name in NAMES}
     layer.merge(adapter_names=merged)
     layer.holder.put(InForce(NAMES, weights))
-    assert difference(layer(x), expected) <= 1e-12
+    assert difference(layer(x), expected) <= EXACT
     for name in NAMES:
         layer.holder.put(InForce(forced=(name,)))
-        assert difference(layer(x), forced[name]) <= 1e-12, name
+        assert difference(layer(x), forced[name]) <= EXACT, name
     layer.holder.put(InForce(("blue",), weights[..., 2:]))  # the merged ones are not among those in force
     blue = layer(x)
     layer.unmerge()
-    assert difference(layer(x), blue) <= 1e-12
+    assert difference(layer(x), blue) <= EXACT
 
 
 def only(layer: Any, x: Tensor, names: list[str]) -> Tensor:
@@ -128,9 +129,9 @@ def test_experts_of_unequal_dropout_draw_a_mask_each():
         expected = (
             expected + weights[..., column, None] * layer.lora_B[name](layer.lora_A[name](xd)) * layer.scaling[name]
         )
-    assert difference(found, expected) <= 1e-12
+    assert difference(found, expected) <= EXACT
     layer.eval()
-    assert difference(layer(x), stock_mixture(layer, x, weights)) <= 1e-12
+    assert difference(layer(x), stock_mixture(layer, x, weights)) <= EXACT
 
 
 def float_version(layer: Any) -> Any:
@@ -138,6 +139,7 @@ def float_version(layer: Any) -> Any:
     return copy.deepcopy(layer).float()
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
 def test_bfloat16_base_with_float32_adapters(make):
     layer = routed_layer(make().bfloat16())
@@ -153,6 +155,7 @@ def test_bfloat16_base_with_float32_adapters(make):
         assert difference(found[name], expected[name]) <= FEW_ULPS_OF_BFLOAT16, name
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
 def test_autocast(adapters):
     layer = routed_layer(nn.Linear(64, 48))
@@ -191,4 +194,4 @@ def test_weights_keep_their_own_dtype_and_precision():
     found = outcome(layer, x, weights, dy, mixed=True)
     assert found["w"].dtype == torch.float32
     for name in expected:
-        assert difference(found[name], expected[name]) <= (1e-6 if name == "w" else 1e-12), name
+        assert difference(found[name], expected[name]) <= (ulps(1) if name == "w" else EXACT), name

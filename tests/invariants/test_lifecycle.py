@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from dylora_moe import DyLoraMoE
+from rounding import EXACT, float64_throughout
 from tiny import (
     ATTENTION_INPUT,
     NAMES,
@@ -134,14 +135,15 @@ def test_the_others_stay_through_a_whole_life(architecture):
 
 
 @every_architecture
+@float64_throughout()
 def test_a_new_expert_changes_no_routed_output_until_it_is_routed(architecture):
     model = tiny_mixture(architecture, torch.float64, route_to_base=True)
     expected = {train: model.train(train)(tokens()) for train in (True, False)}
     model.add_expert("late", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     for train in (True, False):
         out = model.train(train)(tokens())
-        assert difference(out.logits, expected[train].logits) <= 1e-6
-        assert difference(out.routing_weights[..., :3], expected[train].routing_weights) <= 1e-6
+        assert difference(out.logits, expected[train].logits) <= EXACT
+        assert difference(out.routing_weights[..., :3], expected[train].routing_weights) <= EXACT
         assert not out.routing_weights[..., 3].any()
         assert out.router_logits[..., 3].eq(-torch.inf).all()
     labelled = model.train()(tokens(), labels=tokens())

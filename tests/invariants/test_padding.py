@@ -1,6 +1,6 @@
 """Invariant 10, without a trainer: padding enters no loss and no statistic.
 
-The oracle averages the real tokens one by one. Losses are float32: 1e-6, and 1e-5 for gradients of whole models.
+The oracle averages the real tokens one by one, in float64 throughout.
 """
 
 import pytest
@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dylora_moe.routing.losses import switch
 from dylora_moe.routing.policies import dense
+from rounding import EXACT
 from tiny import (
     NAMES,
     PLACEMENTS,
@@ -26,7 +27,7 @@ from tiny import (
     tokens,
 )
 
-TOLERANCE = 1e-6
+pytestmark = pytest.mark.usefixtures("exact")
 
 
 def padded(side: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,7 +51,7 @@ def naive_losses(config, logits: Tensor, mask: Tensor, k: int | None) -> tuple[T
         chosen.append(torch.nn.functional.one_hot(token.argmax(), len(token)).float())
         squares.append(token.exp().sum().log() ** 2)
     count = len(real[0])
-    balance = torch.tensor(0.0)
+    balance = torch.tensor(0.0, dtype=torch.float64)
     if config.balance_loss == "switch":
         probabilities = torch.stack([token.softmax(-1) for token in real]).mean(0)
         balance = count * (torch.stack(chosen).mean(0) * probabilities).sum()
@@ -72,25 +73,25 @@ def naive_losses(config, logits: Tensor, mask: Tensor, k: int | None) -> tuple[T
     ids=str,
 )
 def test_losses_are_means_over_real_tokens(settings, side):
-    model = tiny_mixture("llama", balance_coefficient=2.0, **settings).train()
+    model = tiny_mixture("llama", torch.float64, balance_coefficient=2.0, **settings).train()
     ids, inputs = padded(side)
     out = model(ids, **inputs)
     k, mask = settings.get("train_top_k"), inputs["attention_mask"]
     aux, balance = naive_losses(model.moe_config, out.router_logits, mask, k)
-    assert difference(out.aux_loss, aux) <= TOLERANCE
-    assert difference(out.balance_loss, balance) <= TOLERANCE
-    assert difference(out.loss, out.lm_loss + aux) <= TOLERANCE
+    assert difference(out.aux_loss, aux) <= EXACT
+    assert difference(out.balance_loss, balance) <= EXACT
+    assert difference(out.loss, out.lm_loss + aux) <= EXACT
     parameters = list(model.router.parameters())
     found = torch.autograd.grad(out.aux_loss, parameters, retain_graph=True)
     for ours, expected in zip(found, torch.autograd.grad(aux, parameters), strict=True):
         assert expected.any()
-        assert difference(ours, expected) <= 10 * TOLERANCE
+        assert difference(ours, expected) <= EXACT
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_architecture
 def test_a_padded_row_is_the_row(architecture, side):
-    model = tiny_mixture(architecture, balance_coefficient=3.0, z_loss_coefficient=0.1).train()
+    model = tiny_mixture(architecture, torch.float64, balance_coefficient=3.0, z_loss_coefficient=0.1).train()
     row = tokens(1, 6)
     labels = row.clone()
     labels[:, 0] = -100  # which a padding token would predict
@@ -103,15 +104,16 @@ def test_a_padded_row_is_the_row(architecture, side):
     labels = torch.nn.functional.pad(labels, pad, value=-100)
     out = model(ids, attention_mask=mask, position_ids=positions(mask), labels=labels)
     for name in ("loss", "lm_loss", "aux_loss", "balance_loss"):
-        assert difference(out[name], expected[name]) <= 10 * TOLERANCE, name
+        assert difference(out[name], expected[name]) <= EXACT, name
     out.loss.backward()
-    assert_same_gradients(gradients(model), wanted, 100 * TOLERANCE)
+    assert_same_gradients(gradients(model), wanted, 10 * EXACT)
 
 
 @every_granularity
 @every_placement
 def test_what_padding_holds_does_not_matter(placement, granularity):
-    model = tiny_mixture("llama", granularity=granularity, balance_coefficient=3.0, **PLACEMENTS[placement]).train()
+    settings = {"granularity": granularity, "balance_coefficient": 3.0, **PLACEMENTS[placement]}
+    model = tiny_mixture("llama", torch.float64, **settings).train()
     ids, inputs = padded("left")
     inputs["labels"][:, -1:], inputs["labels"][:, :-1] = ids[:, -1:], -100  # the rest is the prompt
     hidden = inputs["attention_mask"] == 0
@@ -125,7 +127,7 @@ def test_what_padding_holds_does_not_matter(placement, granularity):
 
 @every_placement
 def test_the_trace_counts_real_tokens(placement):
-    model = tiny_mixture("llama", **PLACEMENTS[placement])
+    model = tiny_mixture("llama", torch.float64, **PLACEMENTS[placement])
     ids, inputs = padded("left")
     with model.trace() as trace:
         out = model(ids, **inputs)
@@ -133,13 +135,13 @@ def test_the_trace_counts_real_tokens(placement):
     assert [row["tokens"] for row in trace.table()] == [15] * 3
     for column, (name, share) in enumerate(trace.load().items()):
         assert name == NAMES[column]
-        assert abs(share - float(weights[:, column].mean())) <= TOLERANCE
+        assert abs(share - float(weights[:, column].mean())) <= EXACT
     entropy = torch.special.entr(weights).sum(-1).mean()
-    assert abs(trace.entropy() - float(entropy)) <= TOLERANCE
+    assert abs(trace.entropy() - float(entropy)) <= EXACT
 
 
 def test_the_trace_of_a_padded_generation_counts_real_tokens():
-    model = tiny_mixture("llama")
+    model = tiny_mixture("llama", torch.float64)
     ids, inputs = padded("left")
     with model.trace() as trace:
         model.generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=4, do_sample=False)
@@ -147,20 +149,20 @@ def test_the_trace_of_a_padded_generation_counts_real_tokens():
 
 
 def test_forced_rows_enter_no_routing_loss():
-    model = tiny_mixture("llama", balance_coefficient=2.0, z_loss_coefficient=0.1).train()
+    model = tiny_mixture("llama", torch.float64, balance_coefficient=2.0, z_loss_coefficient=0.1).train()
     ids, inputs = padded("left")
     out = model(ids, experts=["red", None, None], **inputs)
     mask = inputs["attention_mask"].clone()
     mask[0] = 0
     aux, balance = naive_losses(model.moe_config, out.router_logits.detach(), mask, None)
-    assert difference(out.aux_loss, aux) <= TOLERANCE
-    assert difference(out.balance_loss, balance) <= TOLERANCE
+    assert difference(out.aux_loss, aux) <= EXACT
+    assert difference(out.balance_loss, balance) <= EXACT
     assert model(ids, experts=["red", "base", "red"], **inputs).aux_loss is None
 
 
 @every_granularity
 def test_records_score_real_tokens_of_routed_rows(granularity):
-    model = tiny_mixture("llama", granularity=granularity).train()
+    model = tiny_mixture("llama", torch.float64, granularity=granularity).train()
     ids, inputs = padded("left")
     inputs["labels"][:, :-1] = -100
     with model.recording() as records:
@@ -169,14 +171,14 @@ def test_records_score_real_tokens_of_routed_rows(granularity):
     mask[1] = False
     (record,) = records
     assert not record.hidden.requires_grad
-    assert difference(record.score(model.router), out.router_logits[mask]) <= TOLERANCE
+    assert difference(record.score(model.router), out.router_logits[mask]) <= EXACT
 
 
 def test_switch_is_the_loss_of_transformers():
-    logits, mask = torch.randn(3, 7, 4), torch.tensor([[0] * 3 + [1] * 4, [1] * 7, [0] * 6 + [1]])
+    logits, mask = torch.randn(3, 7, 4, dtype=torch.float64), torch.tensor([[0] * 3 + [1] * 4, [1] * 7, [0] * 6 + [1]])
     expected = load_balancing_loss_func((logits.flatten(0, 1),), num_experts=4, top_k=1, attention_mask=mask)
     found = switch(logits, dense(logits), mask.bool())
-    assert difference(found, expected) <= TOLERANCE
-    uniform, collapsed = torch.zeros(1, 8, 4), torch.tensor([50.0, 0, 0, 0]).expand(1, 8, 4)
-    assert difference(switch(uniform, dense(uniform)), torch.tensor(1.0)) <= TOLERANCE
-    assert difference(switch(collapsed, dense(collapsed)), torch.tensor(4.0)) <= TOLERANCE
+    assert difference(found, expected) <= EXACT
+    uniform, collapsed = torch.zeros(1, 8, 4).double(), torch.tensor([50.0, 0, 0, 0]).double().expand(1, 8, 4)
+    assert difference(switch(uniform, dense(uniform)), torch.tensor(1.0)) <= EXACT
+    assert difference(switch(collapsed, dense(collapsed)), torch.tensor(4.0)) <= EXACT

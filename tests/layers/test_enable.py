@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dylora_moe import enable_routing
 from dylora_moe.layers.routed import RoutedLayer
+from rounding import EXACT, FLOAT32
 from stock import assert_same_tensors, logits, lora_layers, stir, stock_model
 from tiny import ARCHITECTURES, difference, tiny_base, tokens
 
@@ -60,9 +61,9 @@ def weighted(model: PeftModel, weights: Tensor, ids: Tensor) -> Tensor:
 def test_weights_give_the_weighted_sum(architecture, weights):
     expected = weighted(stock_model(architecture), weights, tokens())
     model = enable_routing(stock_model(architecture))
-    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= EXACT
     per_token = weights[..., None, :].expand(2, 9, 3)
-    assert difference(logits(model, tokens(), routing_weights=per_token), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=per_token), expected) <= EXACT
     assert difference(expected, logits(model, tokens())) > 1e-3
 
 
@@ -70,7 +71,7 @@ def test_single_precision():
     expected = weighted(stock_model(dtype=torch.float32), WEIGHTS, tokens())
     model = enable_routing(stock_model(dtype=torch.float32))
     # other GEMM shapes than PEFT's, over four layers
-    assert difference(logits(model, tokens(), routing_weights=WEIGHTS.float()), expected) <= 1e-5
+    assert difference(logits(model, tokens(), routing_weights=WEIGHTS.float()), expected) <= FLOAT32
 
 
 def test_weights_of_one_token_touch_no_earlier_one():
@@ -79,7 +80,7 @@ def test_weights_of_one_token_touch_no_earlier_one():
     before = logits(model, tokens(), routing_weights=weights)
     weights[:, 5] = torch.tensor([3.0, 0.0, -1.0])
     after = logits(model, tokens(), routing_weights=weights)
-    assert difference(after[:, :5], before[:, :5]) <= 1e-12
+    assert difference(after[:, :5], before[:, :5]) <= EXACT
     assert difference(after[:, 5], before[:, 5]) > 1e-3
 
 
@@ -89,9 +90,9 @@ def test_one_hot_weights_are_that_adapter_and_zero_weights_the_base():
         stock.base_model.set_adapter(name)
         expected = logits(stock, tokens())
         found = logits(model, tokens(), routing_weights=torch.eye(3, dtype=torch.float64)[i])
-        assert difference(found, expected) <= 1e-12
+        assert difference(found, expected) <= EXACT
     expected = logits(tiny_base(dtype=torch.float64), tokens())
-    assert difference(logits(model, tokens(), routing_weights=torch.zeros(3, dtype=torch.float64)), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=torch.zeros(3, dtype=torch.float64)), expected) <= EXACT
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 9, 3)])
@@ -121,7 +122,7 @@ def test_adapters_receive_the_gradients_of_the_weighted_sum():
     assert len(found) == 4 * (4 + 2 + 3)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        assert difference(gradient, expected[name]) <= 1e-11, name
+        assert difference(gradient, expected[name]) <= 10 * EXACT, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -165,12 +166,12 @@ def test_weights_follow_the_order_of_the_active_adapters():
     model = enable_routing(stock_model())
     expected = logits(model, tokens(), routing_weights=WEIGHTS)
     model.base_model.set_adapter(["blue", "red", "green"])
-    assert difference(logits(model, tokens(), routing_weights=WEIGHTS[[2, 0, 1]]), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=WEIGHTS[[2, 0, 1]]), expected) <= EXACT
     model.base_model.set_adapter(["blue", "red"])
     without_green = WEIGHTS * torch.tensor([1.0, 0.0, 1.0])
     found = logits(model, tokens(), routing_weights=WEIGHTS[[2, 0]])
     model.base_model.set_adapter(NAMES)
-    assert difference(found, logits(model, tokens(), routing_weights=without_green)) <= 1e-12
+    assert difference(found, logits(model, tokens(), routing_weights=without_green)) <= EXACT
 
 
 def test_adapters_added_afterwards_are_routed_as_well():
@@ -182,7 +183,7 @@ def test_adapters_added_afterwards_are_routed_as_well():
         m.add_adapter("late", late)
         m.base_model.set_adapter([*NAMES, "late"])
     expected = weighted(stock, weights, tokens())
-    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= EXACT
     assert sum(isinstance(module, RoutedLayer) for module in model.modules()) == len(lora_layers(model))
 
 
@@ -210,12 +211,12 @@ def test_kinds_without_a_fast_form_are_mixed_too(kind, architecture):
     for i, name in enumerate(KINDS[kind]):
         stock.base_model.set_adapter(name)
         found = logits(model, tokens(), routing_weights=torch.eye(2, dtype=torch.float64)[i])
-        assert difference(found, logits(stock, tokens())) <= 1e-12
+        assert difference(found, logits(stock, tokens())) <= EXACT
     stock.base_model.set_adapter(list(KINDS[kind]))
     if kind != "dora":  # DoRA is not linear in its scaling
         weights = torch.tensor([0.3, 1.7], dtype=torch.float64)
         expected = weighted(stock, weights, tokens())
-        assert difference(logits(model, tokens(), routing_weights=weights), expected) <= 1e-12
+        assert difference(logits(model, tokens(), routing_weights=weights), expected) <= EXACT
 
 
 @pytest.mark.parametrize("merged", [["green"], ["red", "blue"], NAMES])
@@ -224,7 +225,7 @@ def test_merged_adapters_are_mixed_like_any_other(merged):
     expected = weighted(stock_model(**two_alike), WEIGHTS, tokens())
     model = enable_routing(stock_model(**two_alike))
     model.base_model.merge_adapter(merged)
-    assert difference(logits(model, tokens(), routing_weights=WEIGHTS), expected) <= 1e-11
+    assert difference(logits(model, tokens(), routing_weights=WEIGHTS), expected) <= 10 * EXACT
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -286,7 +287,7 @@ def test_models_without_a_task_type_take_weights_too():
     assert type(model).__mro__[2] is PeftModel
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
     expected = weighted(stock_model(**experts), weights, tokens())
-    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= 1e-12
+    assert difference(logits(model, tokens(), routing_weights=weights), expected) <= EXACT
 
 
 def test_calls_within_a_generation_leave_its_routing_alone():
@@ -304,4 +305,4 @@ def test_calls_within_a_generation_leave_its_routing_alone():
     expected = model.generate(input_ids=ids, routing_weights=WEIGHTS, **options)
     found = model.generate(input_ids=ids, routing_weights=WEIGHTS, logits_processor=[act], **options)
     for one, other in zip(found.logits, expected.logits, strict=True):
-        assert difference(one, other) <= 1e-12
+        assert difference(one, other) <= EXACT

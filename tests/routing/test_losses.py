@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dylora_moe.routing import losses, policies
+from rounding import EXACT, float64_throughout
 
-# float32 sums over a few dozen values, in another order than the loop's float64
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+TOLERANCE = {"rtol": EXACT, "atol": EXACT}
 
 
 def random_logits(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 2
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
 
 
 def test_load_counts_real_tokens_only():
@@ -24,7 +24,7 @@ def test_load_counts_real_tokens_only():
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool()
     kept = [w for row, m in zip(weights.tolist(), mask.tolist(), strict=True) for w, k in zip(row, m, strict=True) if k]
     expected = [sum(w[e] for w in kept) / len(kept) for e in range(3)]
-    assert losses.load(weights, mask).tolist() == pytest.approx(expected, abs=1e-6)
+    assert losses.load(weights, mask).tolist() == pytest.approx(expected, abs=EXACT)
     everything = [w for row in weights.tolist() for w in row]
     assert losses.load(weights).tolist() == pytest.approx([sum(w[e] for w in everything) / 10 for e in range(3)])
 
@@ -51,7 +51,7 @@ def test_uniform_mse():
     mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).bool()
     share = losses.load(weights, mask).tolist()
     expected = sum((value - 1 / 3) ** 2 for value in share) / 3
-    assert losses.uniform_mse(weights, weights, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.uniform_mse(weights, weights, mask).item() == pytest.approx(expected, rel=EXACT)
 
 
 @pytest.mark.parametrize("experts", [2, 5])
@@ -74,6 +74,7 @@ def test_switch_is_one_at_uniform_and_the_number_of_experts_at_collapse(experts)
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@float64_throughout()
 def test_switch_equals_transformers(masked):
     logits = random_logits(3, 7, 4)
     mask = torch.ones(3, 7, dtype=torch.long)
@@ -95,7 +96,7 @@ def test_z_loss():
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]]).bool()
     rows = [row for row, kept in zip(logits.flatten(0, 1).tolist(), mask.flatten().tolist(), strict=True) if kept]
     expected = sum(math.log(sum(map(math.exp, row))) ** 2 for row in rows) / len(rows)
-    assert losses.z_loss(logits, mask).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.z_loss(logits, mask).item() == pytest.approx(expected, rel=EXACT)
     assert losses.z_loss(logits, mask).shape == ()
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dylora_moe.routing import policies
+from rounding import EXACT
 
-# float32 sums over a few dozen values, in another order than the loop's float64
-TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+TOLERANCE = {"rtol": EXACT, "atol": EXACT}
 
 
 def softmax_loop(row: list[float]) -> list[float]:
@@ -20,14 +20,14 @@ def softmax_loop(row: list[float]) -> list[float]:
 
 
 def random_logits(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 2
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_dense_is_the_softmax_over_all(temperature):
     logits = random_logits(5, 4)
-    expected = [softmax_loop([value / temperature for value in row]) for row in logits.tolist()]
-    torch.testing.assert_close(policies.dense(logits, temperature), torch.tensor(expected), **TOLERANCE)
+    expected = logits.new_tensor([softmax_loop([value / temperature for value in row]) for row in logits.tolist()])
+    torch.testing.assert_close(policies.dense(logits, temperature), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -39,7 +39,7 @@ def test_top_k_is_the_softmax_over_the_best_and_zero_elsewhere(k, temperature):
         best = sorted(range(4), key=lambda e: -row[e])[:k]
         shares = softmax_loop([row[e] / temperature for e in best])
         expected = [shares[best.index(e)] if e in best else 0.0 for e in range(4)]
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert found == pytest.approx(expected, abs=EXACT)
         assert [e for e in range(4) if found[e] == 0.0] == [e for e in range(4) if e not in best]
 
 
@@ -78,9 +78,9 @@ def test_masked_logits_get_exactly_zero_even_where_k_reaches_them():
 
 
 def test_top_k_sends_gradient_to_the_kept_logits_only():
-    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], requires_grad=True)
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], dtype=torch.float64, requires_grad=True)
     policies.top_k(logits, 2)[0, 0].backward()
     share = 1 / (1 + math.exp(-1.0))
     expected = [share * (1 - share), 0.0, -share * (1 - share), 0.0]
     assert logits.grad is not None
-    assert logits.grad[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert logits.grad[0].tolist() == pytest.approx(expected, abs=EXACT)

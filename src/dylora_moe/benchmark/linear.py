@@ -39,7 +39,7 @@ def linear_runner(settings: Settings, models: Models, key: str, kind: Kind, expe
     if training:
         x.requires_grad_()
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    wanted += [state.weights] if state is not None and state.weights.requires_grad else []
+    wanted += [w for w in [state and state.weights] if w is not None and w.requires_grad]
 
     def forward() -> Tensor:
         with torch.set_grad_enabled(training):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.base.embedded import resolve_base
 from dylora_moe.base.placement import Placement
+from dylora_moe.config import MoELoraConfig
+from dylora_moe.model import DyLoraMoE
 
 from .settings import SHAPES, SMOLLM2, Settings, Shape
 

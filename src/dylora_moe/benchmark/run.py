@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from . import counts, timing
+from .kinds import KINDS
 from .machine import describe
 from .models import Models
+from .runners import runner_of, runners
 from .settings import Settings
-from .work import Runner, runners
+from .work import Runner
 
 FORMAT_VERSION = 1
 COUNTED_TOKENS = 8  # of a generation: counting is slow, and every further token is like the last (folding comes before)
@@ -69,7 +71,11 @@ def count(
         progress(f"counting {runner.title}")
         found = counts.gemms(runner)
         if base is None:
-            base = found if runner.key == "base" else counts.gemms(_bare(settings, models))
+            base = (
+                found
+                if runner.key == "base"
+                else counts.gemms(runner_of(settings, models, "base", KINDS["base"], None))
+            )
         row: dict[str, Any] = {
             "key": runner.key,
             "title": runner.title,
@@ -130,19 +136,8 @@ def tokens_of(settings: Settings) -> int:
     return settings.batch * (settings.new_tokens if settings.work == "decode" else settings.length)
 
 
-def _bare(settings: Settings, models: Models) -> Runner:
-    from .kinds import KINDS
-    from .linear import linear_runner
-    from .work import model_runner
-
-    build = linear_runner if settings.work.startswith("linear") else model_runner
-    return build(settings, models, "base", KINDS["base"], None)
-
-
 def _active_rank(settings: Settings, runner: Runner) -> int:
     """ΣR that a token needs: of its k experts where the weights are sparse."""
-    from .kinds import KINDS
-
     kind = KINDS[runner.key.partition("/")[0]]
     if kind.family == "base":
         return 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dylora_moe.routing.policies import dense
 
-from .kinds import KINDS, Kind
+from .kinds import Kind
 from .models import Models, Unavailable, mixing_form
 from .settings import SHAPES, Settings
 
@@ -52,37 +52,6 @@ class Runner:
     def adapted(self) -> float:
         """Adapted layers in each section, on average."""
         return len(self.layers) / len(self.sections)
-
-
-PEER_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError)
-
-
-def runners(settings: Settings, models: Models) -> tuple[list[Runner], dict[str, str]]:
-    """The variants that run here, and why the others do not (key → reason)."""
-    from .linear import linear_runner
-
-    made, missing = [], {}
-    build = linear_runner if settings.work.startswith("linear") else model_runner
-    for key in settings.kinds:
-        kind = KINDS[key]
-        for experts in settings.experts if kind.per_experts else (None,):
-            name = key if experts is None else f"{key}/{experts}"
-            if experts is not None and kind.sparse and settings.top_k >= experts:
-                missing[name] = f"top-{settings.top_k} of {experts} is dense"
-                continue
-            try:
-                runner = build(settings, models, name, kind, experts)
-                if kind.family == "xlora" or kind.form not in ("auto", "dense"):
-                    with models.running(), runner.in_force():
-                        runner.step()
-                made.append(runner)
-            except Unavailable as error:
-                missing[name] = str(error)
-            except PEER_ERRORS as error:
-                if kind.family != "xlora":
-                    raise
-                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return made, missing
 
 
 def model_runner(settings: Settings, models: Models, key: str, kind: Kind, experts: int | None) -> Runner:

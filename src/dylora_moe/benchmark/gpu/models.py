@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.benchmark.counts import peak_on_gpu
 from dylora_moe.benchmark.timing import FAILURES, Step, captured, compare, interleaved
+from dylora_moe.config import MoELoraConfig
 from dylora_moe.layers.in_force import Generation
 from dylora_moe.mixing import kernels
+from dylora_moe.model import DyLoraMoE
 from dylora_moe.routing.call import Call
 
 from .setting import ACTIVE, EXPERTS, MANY, Setting
