@@ -56,6 +56,33 @@ def test_domains_go_with_the_micro_batches_that_were_routed():
     torch.testing.assert_close(loss, aux + 2.0 * expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_expert_that_is_not_routed_yet_has_no_part_in_them():
+    """Its logit is masked in the forward pass, so in the trainer's second scoring as well."""
+    model = mixture()
+    model.add_expert("late")
+    expected = model(IDS, labels=IDS).aux_loss
+    losses = RouterLosses(model, 0.0, StarvedExperts(50))
+    with model.recording() as losses.records:
+        model(IDS)
+        loss, logged = losses.of_step()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # float32, in another order
+    assert logged["router/load/late"] == 0
+    loss.backward()
+    assert not model.router.up.grad[2].any()
+    assert model.router.up.grad[:2].any()
+
+
+def test_domains_of_an_expert_that_is_not_routed_yet_are_refused():
+    model = mixture()
+    model.add_expert("late")
+    losses = RouterLosses(model, 1.0, StarvedExperts(50))
+    with model.recording() as losses.records:
+        model(IDS)
+        losses.collect(torch.tensor([0, 1, 2, 0])[:, None].expand(4, 10))
+        with pytest.raises(ValueError, match=r"'late' is not routed yet; call start_routing\('late'\)"):
+            losses.of_step()
+
+
 def test_a_router_that_does_not_train_has_no_losses():
     model = mixture()
     model.router.requires_grad_(False)
