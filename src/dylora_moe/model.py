@@ -9,17 +9,18 @@ Shapes: B batch, S sequence, E experts, n router outputs, k router layer, L deco
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .arguments import check_experts, check_weights, has_packed_rows, input_shape
+from .arguments import check_experts, check_weights, input_shape
 from .base.loading import check_bare, load_base, strip_adapters
 from .base.placement import Placement
 from .checkpoint.adapters import Adapter, read_adapter, write_adapter
@@ -44,6 +45,7 @@ from .layers.in_force import Generation, Holder
 from .layers.recompute import give_back_checkpoints
 from .layers.routed import route_layers
 from .output import MoECausalLMOutput, with_routing_fields
+from .passes.first_pass import check_possible
 from .passes.hooks import BARE, PassHooks
 from .reports import ParameterReport, parameter_report
 from .routing.call import Call, columns_of
@@ -55,6 +57,19 @@ from .routing.records import RouterRecord
 from .routing.router import Router
 from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, whole
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def in_turn(method: Callable[Concatenate[DyLoraMoE, P], R]) -> Callable[Concatenate[DyLoraMoE, P], R]:
+    """A method that changes the experts waits until no other thread is inside the model."""
+
+    @functools.wraps(method)
+    def waiting(self: DyLoraMoE, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.holder.lock.turn():
+            return method(self, *args, **kwargs)
+
+    return waiting
 
 
 class DyLoraMoE(PeftModelForCausalLM):
@@ -107,17 +122,17 @@ class DyLoraMoE(PeftModelForCausalLM):
             super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
                 super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+            self.moe_config, self.placement, self.router_layer_index = config, placement, first
+            self.holder = Holder(resting=BARE)
+            self.experts = ExpertSet(names, self.holder.layers)
+            route_layers(self.base_model, self.holder)
+            self._check_places(names)
         except BaseException:
             strip_adapters(base)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
-        self.moe_config = config
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
-        self.placement = placement
-        self.router_layer_index = first
-        self.holder = Holder(resting=BARE)
-        self.experts = ExpertSet(names, self.holder.layers)
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,
@@ -265,8 +280,19 @@ class DyLoraMoE(PeftModelForCausalLM):
             self.base_model.set_requires_grad(name, False)
         lay_out_experts(self.holder.layers, names)
         self.hooks.adapts_head = self.experts.adapt_head(self.placement)
+        self.hooks.needs_first_pass = self._needs_first_pass
+
+    @property
+    def _needs_first_pass(self) -> bool:
         below = self.experts.lowest_layer(self.placement) < self.router_layer_index
-        self.hooks.needs_first_pass = self.moe_config.router_layer == "last" or below
+        return self.moe_config.router_layer == "last" or below
+
+    def _check_places(self, names: Sequence[str]) -> None:
+        """Raise `ValueError` if an expert sits where no routing reaches it, or where this base cannot route it."""
+        for name in names:
+            self.placement.check_reachable(name, self.experts.adapted(name))
+        if self._needs_first_pass:
+            check_possible(self.get_base_model(), self.placement)
 
     # ------------------------------------------------------------------ what it is
 
@@ -377,8 +403,6 @@ class DyLoraMoE(PeftModelForCausalLM):
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
         call = self._call(experts, routing_weights, batch, length, kwargs)
         call.attention_mask, call.labels = attention_mask, labels
-        per_sequence = GRANULARITIES[self.moe_config.granularity].per_sequence
-        call.packed_rows = per_sequence and has_packed_rows(attention_mask, kwargs)
         with self.hooks.calling(call):
             output = super().forward(
                 input_ids=input_ids,
@@ -422,7 +446,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         if experts is not None and weights is not None:
             raise ValueError("experts and routing_weights both force the routing; pass one of the two.")
         if weights is not None:
-            return Call(weights=check_weights(weights, self.num_experts, batch, length))
+            return Call(weights=check_weights(weights, self.num_experts, batch, length), trace=self.hooks.trace)
         experts = check_experts(experts, self.expert_names, batch)
         experts = self.hooks.forced if experts is None else experts
         entries = [experts] if isinstance(experts, str) else experts
@@ -430,7 +454,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         if entries is not None and None not in entries:
             columns = columns_of(entries, self.expert_names, len(entries)) or ()
             one_hot = one_hot_weights(columns, self.num_experts, next(self.router.parameters()).device)
-        return Call(experts=experts, one_hot=one_hot)
+        return Call(experts=experts, one_hot=one_hot, trace=self.hooks.trace)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`torch.compile` the base with its routed layers; arguments as there.
@@ -478,26 +502,23 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     @contextmanager
     def use_experts(self, experts: str) -> Iterator[DyLoraMoE]:
-        """Force one expert (or `"base"`) for all rows of every call within the block, whichever thread makes it."""
+        """Force one expert (or `"base"`) for all rows of every call within the block.
+
+        It holds for the thread or task that is in the block, and for threads started from it with its context
+        (`threading.Thread(target=contextvars.copy_context().run, args=(model.generate, …))`).
+        """
         if not isinstance(experts, str):
             raise TypeError(f"use_experts takes one name, not {experts!r}; per row: model(..., experts=[...]).")
         check_experts(experts, self.expert_names, None)
-        before, self.hooks.forced = self.hooks.forced, experts
-        try:
+        with self.hooks.scope(forced=experts):
             yield self
-        finally:
-            self.hooks.forced = before
 
     @contextmanager
     def trace(self) -> Iterator[RoutingTrace]:
-        """Record the routing of every pass within the block; costs nothing outside."""
-        before, reached = self.hooks.trace, self.holder.reached
-        trace = self.hooks.trace = RoutingTrace(self.output_names)
-        self.holder.reached = trace.reached
-        try:
+        """Record the routing of every call within the block; costs nothing outside. Threads: see `use_experts`."""
+        trace = RoutingTrace(self.output_names)
+        with self.hooks.scope(trace=trace):
             yield trace
-        finally:
-            self.hooks.trace, self.holder.reached = before, reached
 
     @contextmanager
     def recording(self) -> Iterator[list[RouterRecord]]:
@@ -530,6 +551,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ the life of an expert
 
+    @in_turn
     def add_expert(
         self, name: str, source: LoraConfig | str | Path | None = None, trainable: bool | None = None
     ) -> None:
@@ -558,6 +580,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             self.moe_config.set_experts(self.expert_names)
             self.router.grow(position)
             self._refresh()
+            self._check_places([name])
             self.experts.match_modes(name)
             if adapter is not None:
                 self.experts.load(name, adapter.tensors)
@@ -575,6 +598,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         first = 0 if self.moe_config.router_layer == "last" else self.router_layer_index
         return self.placement.fresh_expert(cast(PreTrainedModel, self.get_base_model()), source, first)
 
+    @in_turn
     def remove_expert(self, name: str) -> None:
         """Remove an expert and its row of the router.
 
@@ -594,35 +618,39 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
+    @in_turn
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name; tensors, order and router stay."""
         self.experts.check_known(old)
         check_expert_name(new, taken=self.expert_names, base=self.get_base_model())
         self.experts.rename(old, new)
         self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
-        if self.hooks.forced == old:
-            self.hooks.forced = new
+        self.hooks.rename(old, new)
         self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
+    @in_turn
     def freeze_expert(self, name: str) -> None:
         """Keep an expert as it is: it is used and routed, but not trained."""
         self.experts.check_known(name)
         self.experts.frozen.add(name)
         self.base_model.set_requires_grad(name, False)
 
+    @in_turn
     def unfreeze_expert(self, name: str) -> None:
         """Let an expert train again."""
         self.experts.check_known(name)
         self.experts.frozen.discard(name)
         self.base_model.set_requires_grad(name, True)
 
+    @in_turn
     def start_routing(self, *names: str) -> None:
         """Unmask the logits of new experts (default: all), so that the router can learn to choose them."""
         for name in names or self.expert_names:
             self.experts.check_known(name)
             self.experts.states[name] = ROUTED
 
+    @in_turn
     def load_expert(self, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
         """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype."""
         self.experts.load(name, tensors, keep_dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,15 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dylora_moe.config import stock_lora
 
 BEFORE_THE_LAYERS = -1
+UNREACHABLE = -2
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""What decoders call their cache."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,55 @@ class Placement:
         decoder_path: path of the module that runs the layers, from the base (`""` is the base itself).
         layers_name: its attribute that holds the layers.
         num_layers: L.
+        head_path: path of the language-model head, if it has one.
+        cache_argument: what the decoder calls its cache; None if it keeps its state otherwise.
+        active_stream: which of several parallel states between the layers is the hidden state (Gemma 3n: `[streams, B,
+            S, D]`); None where there is one.
     """
 
     decoder_path: str
     layers_name: str
     num_layers: int
+    head_path: str | None = None
+    cache_argument: str | None = "past_key_values"
+    active_stream: int | None = None
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> Placement:
         """Find the decoder layers of a transformers causal language model.
 
         Raises:
-            ValueError: the base has no recognisable list of decoder layers.
+            ValueError: no decoder-only causal language model, or one without a recognisable list of decoder layers.
         """
+        kind = type(base).__name__
+        if getattr(base.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{kind} is an encoder-decoder model: its encoder runs before anything could be routed. A decoder-only "
+                "causal language model of transformers is needed."
+            )
+        if not base.can_generate():
+            raise ValueError(
+                f"{kind} is no causal language model (it cannot generate); a decoder-only causal language model of "
+                "transformers is needed."
+            )
         config = base.config.get_text_config()
         count = config.num_hidden_layers
         decoder: Any = base.get_decoder()
-        path = next(path for path, module in base.named_modules() if module is decoder)
+        head = base.get_output_embeddings()
+        paths = {id(module): path for path, module in base.named_modules()}
+        path = paths[id(decoder)]
+        takes = inspect.signature(type(decoder).forward).parameters
         for name, child in decoder.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 if getattr(config, "layerdrop", 0):
                     raise ValueError(
                         f"layerdrop={config.layerdrop} could skip the layer the router reads; set it to 0 there."
                     )
-                return cls(path, name, count)
+                cache = next((argument for argument in CACHE_ARGUMENTS if argument in takes), None)
+                stream = getattr(config, "altup_active_idx", None)
+                return cls(path, name, count, paths.get(id(head)), cache, stream)
         raise ValueError(
-            f"{type(base).__name__}: found no list of {count} decoder layers in {type(decoder).__name__}; "
+            f"{kind}: found no list of {count} decoder layers in {type(decoder).__name__}; "
             "a decoder-only causal language model of transformers is needed."
         )
 
@@ -68,13 +96,34 @@ class Placement:
         return getattr(self.decoder(base), self.layers_name)
 
     def layer_of(self, path: str) -> int:
-        """Index of the decoder layer that holds module `path`; -1 for what runs before the layers, L after."""
+        """Index of the decoder layer that holds module `path`; -1 for what runs before the layers, L after.
+
+        -2 for what lies neither in the decoder nor in the head: it runs where no routing can reach it.
+        """
         prefix = re.escape(f"{self.decoder_path}." if self.decoder_path else "")
         match = re.match(rf"{prefix}{re.escape(self.layers_name)}\.(\d+)\.", path)
         if match:
             return int(match[1])
-        inside_decoder = path.startswith(f"{self.decoder_path}.") if self.decoder_path else True
-        return BEFORE_THE_LAYERS if inside_decoder and not path.endswith("project_out") else self.num_layers
+        if self.head_path is not None and (path == self.head_path or path.startswith(f"{self.head_path}.")):
+            return self.num_layers
+        if self.decoder_path and not path.startswith(f"{self.decoder_path}."):
+            return UNREACHABLE
+        return self.num_layers if path.endswith("project_out") else BEFORE_THE_LAYERS
+
+    def check_reachable(self, name: str, paths: Iterable[str]) -> None:
+        """Raise `ValueError` if an expert adapts modules outside the decoder, where no routing reaches them."""
+        outside = [path for path in paths if self.layer_of(path) == UNREACHABLE]
+        if outside:
+            inside = sorted({path.rpartition(".")[2] for path in paths})
+            pattern = rf"{re.escape(self.decoder_path)}\..*\.({'|'.join(inside)})"
+            raise ValueError(
+                f"expert {name!r} adapts {len(outside)} modules outside the decoder, first {outside[0]}, which run "
+                f"before or beside it, where no token can be routed. Make the adapter with target_modules={pattern!r}."
+            )
+
+    def state_of(self, hidden: Tensor) -> Tensor:
+        """The hidden state `[B, S, D]` in what the decoder hands from layer to layer."""
+        return hidden if self.active_stream is None or hidden.dim() == 3 else hidden[self.active_stream]
 
     def targets(self, base: PreTrainedModel, config: LoraConfig, first_layer: int) -> list[str]:
         """Full names of the modules that a *new* expert with `config` adapts.
@@ -104,7 +153,8 @@ class Placement:
             if not found or isinstance(found, _ExcludedModule):
                 continue
             layer = self.layer_of(path)
-            if layer in allowed or (not everywhere and not layers and layer in (BEFORE_THE_LAYERS, self.num_layers)):
+            asked = not everywhere and not layers and layer in (BEFORE_THE_LAYERS, self.num_layers)
+            if layer in allowed or asked:
                 matches.append(path)
         if not matches:
             names = sorted({path.rpartition(".")[2] for path in adaptable_modules(base)})

@@ -76,9 +76,9 @@ class ExpertSet:
                 else:
                     parameter.copy_(value)
 
-    def adapted(self) -> list[str]:
-        """Paths of the layers that some expert adapts."""
-        return [layer.routing_name for layer in self.layers if layer.r]
+    def adapted(self, name: str | None = None) -> list[str]:
+        """Paths of the layers that an expert adapts, or some expert."""
+        return [layer.routing_name for layer in self.layers if (layer.r if name is None else name in layer.r)]
 
     def lowest_layer(self, placement: Placement) -> int:
         """The lowest decoder layer that some expert adapts; L if there is none."""

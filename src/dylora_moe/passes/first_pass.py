@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from dylora_moe.base.placement import Placement
+
+
+def check_possible(base: nn.Module, placement: Placement) -> None:
+    """Raise `ValueError` if the base can not be run up to a layer by itself."""
+    if placement.cache_argument is None:
+        raise ValueError(
+            f"{type(base).__name__} keeps its state in no transformers Cache, so that it cannot run up to the router's "
+            "layer by itself, which experts below that layer need. Set router_layer=0, or adapt only layers from the "
+            "router's upwards."
+        )
 
 
 def first_pass(
@@ -33,10 +43,18 @@ def first_pass(
     """
     decoder: Any = placement.decoder(base)
     layers, kwargs = placement.layers(base), dict(kwargs)
-    own = _own_cache(decoder, kwargs, k, placement.num_layers, keep, training) if k > 0 else None
-    inputs = {**kwargs, "past_key_values": own, "use_cache": own is not None}
-    inputs |= {"output_hidden_states": False, "output_attentions": False}
-    probe = _Probe()
+    if kwargs.get("cache") is not None:
+        raise ValueError(
+            "this call packs several requests into one row over a paged cache, in which the run of the base up to the "
+            "router's layer has no place; only experts at or above that layer can be served so."
+        )
+    name = str(placement.cache_argument)
+    own = _own_cache(decoder, name, kwargs, k, placement.num_layers, keep, training) if k > 0 else None
+    inputs = {**kwargs, name: own, "use_cache": own is not None}
+    inputs |= {"output_hidden_states": False}
+    if "output_attentions" in kwargs:
+        inputs["output_attentions"] = False
+    probe = _Probe(layers[min(k, placement.num_layers - 1)])
     try:
         if k < placement.num_layers:
             setattr(decoder, placement.layers_name, nn.ModuleList([*layers[:k], probe]))
@@ -44,57 +62,101 @@ def first_pass(
             output = decoder.forward(**inputs)
     finally:
         setattr(decoder, placement.layers_name, layers)
-    return kwargs, output.last_hidden_state if probe.hidden is None else probe.hidden
+    return kwargs, output.last_hidden_state if probe.hidden is None else placement.state_of(probe.hidden)
 
 
 class _Probe(nn.Module):
-    """Stands in for layer k and keeps what would enter it."""
+    """Stands in for a layer and keeps what would enter it; whoever looks at it finds the layer's own attributes."""
 
     hidden: Tensor | None = None
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, so that it is no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden = hidden_states
         return hidden_states
 
 
-def is_filled(cache: Any) -> bool:
-    """Whether a cache holds tokens already."""
-    return isinstance(cache, Cache) and len(cache.layers) > 0 and cache.get_seq_length() > 0
+class ExtraLayer:
+    """A layer of the first pass' cache at the end of the main cache.
 
-
-def _own_cache(decoder: Any, kwargs: dict, k: int, count: int, keep: bool, training: bool) -> Cache | None:
-    """The k layers of cache for the first pass; None if the call keeps none.
-
-    Where every token is scored (`keep`) they are k extra layers at the end of the main pass' cache (made here if the
-    decoder would make one), so that reorder, crop and repeat reach them. Where only the prompt's pass decides, its
-    states are of no further use; but the mask was made for a cache like the main one.
+    Reorder, crop and repeat reach it there, but it is no layer of the base: whoever asks the cache for its last
+    recurrent layer, or its first with keys, must not find it.
     """
-    cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "layer":  # asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+
+def tokens_in(cache: Any) -> int:
+    """How many tokens a cache holds; 1 for some where only recurrent states are kept, which do not count."""
+    if not isinstance(cache, Cache) or not cache.layers:
+        return 0
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return cache.get_seq_length()
+    return int(any(has_state(layer) for layer in cache.layers))
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a recurrent layer of a cache has seen a token."""
+    return any(getattr(layer, "has_previous_state", {}).values())
+
+
+def _own_cache(decoder: Any, name: str, kwargs: dict, k: int, count: int, keep: bool, training: bool) -> Cache | None:
+    """The cache of the first pass; None if the call keeps none.
+
+    It has k layers of its own and, for whoever asks how much was seen, the main pass' for the rest, which do not run.
+    Where every token is scored (`keep`) its own lie at the end of the main cache (made here if the decoder would make
+    one). Where only the prompt's pass decides, its states are of no further use; but the mask was made for a cache like
+    the main one.
+    """
+    cache, use = kwargs.get(name), kwargs.get("use_cache")
     if use is None:
-        use = getattr(decoder.config, "use_cache", False)
+        use = getattr(decoder.config, "use_cache", False) and not (training and name == "cache_params")
     checkpointing = training and getattr(decoder, "gradient_checkpointing", False)
     if checkpointing or (cache is None and not (use and keep)):
         return None
     if cache is None:
-        cache = kwargs["past_key_values"] = _with_layers(DynamicCache(config=decoder.config), count)
-        cache.layers.extend(
-            _with_layers(DynamicCache(config=decoder.config), count).layers[:k]
-        )  # no deepcopy: it cannot compile
+        cache = kwargs[name] = _with_layers(DynamicCache(config=decoder.config), count)
+        fresh = _with_layers(DynamicCache(config=decoder.config), count)  # no deepcopy: it cannot compile
+        cache.layers.extend(map(_extra, fresh.layers[:k]))
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values of type {type(cache).__name__}: pass a transformers Cache.")
+        raise ValueError(f"{name} of type {type(cache).__name__}: pass a transformers Cache.")
     _with_layers(cache, count)
+    rest = cache.layers[k:count]
     if not keep:
-        return Cache(layers=copy.deepcopy(cache.layers[:k]))
-    if len(cache.layers) == count and not is_filled(cache):
-        cache.layers.extend(copy.deepcopy(cache.layers[:k]))
-    own: Any = cache.layers[count] if len(cache.layers) == count + k else None
-    seen = -1 if own is None else own.get_seq_length()
-    if seen != cache.get_seq_length():
+        return Cache(layers=[*copy.deepcopy(cache.layers[:k]), *rest])
+    if len(cache.layers) == count and not tokens_in(cache):
+        cache.layers.extend(_extra(layer) for layer in copy.deepcopy(cache.layers[:k]))
+    own = [layer.layer if isinstance(layer, ExtraLayer) else layer for layer in cache.layers[count:]]
+    if len(own) != k or tokens_in(Cache(layers=own)) != _tokens_below(cache, k):
         raise ValueError(
             "this cache was filled without the routing pass (by a forced or base pass); start the routed sequence with "
             "an empty cache, or keep forcing the expert."
         )
-    return Cache(layers=cache.layers[count:])
+    return Cache(layers=[*own, *rest])
+
+
+def _extra(layer: Any) -> Any:
+    """Layers with keys alone are found by their index; others by asking for the last that there is."""
+    return ExtraLayer(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else layer
+
+
+def _tokens_below(cache: Cache, k: int) -> int:
+    return tokens_in(Cache(layers=cache.layers[:k]))
 
 
 def _with_layers(cache: Cache, count: int) -> Cache:

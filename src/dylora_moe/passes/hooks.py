@@ -13,12 +13,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dylora_moe.arguments import repeat_rows
+from dylora_moe.arguments import has_packed_rows, repeat_rows
 from dylora_moe.base.placement import Placement
 from dylora_moe.config import MoELoraConfig
 from dylora_moe.experts.expert_set import ExpertSet
@@ -35,10 +37,29 @@ from dylora_moe.routing.router import Router
 from dylora_moe.routing.trace import RoutingTrace
 from dylora_moe.sharding import is_sharded
 
-from .first_pass import first_pass, is_filled
+from .first_pass import first_pass, tokens_in
 
 BARE = InForce(forced=())
 """The bare base."""
+
+
+@dataclass
+class Scope:
+    """What a `with` block says of the passes of one mixture.
+
+    Attributes:
+        owner: the mixture's hooks.
+        forced: what passes are forced to that say nothing themselves, or None.
+        trace: what records them, or None.
+    """
+
+    owner: PassHooks
+    forced: str | None = None
+    trace: RoutingTrace | None = None
+
+
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("dylora_moe_scopes", default=())
+"""The blocks that this thread or task is in, the innermost last; read where a call begins, never in compiled code."""
 
 
 class PassHooks:
@@ -56,10 +77,9 @@ class PassHooks:
 
     Attributes:
         call: the `forward` or `generate` that runs, if any.
-        forced: what passes are forced to that say nothing themselves, or None.
         needs_first_pass: whether an expert sits below the router's layer, or the router reads the final state.
         adapts_head: whether an expert sits behind the decoder, on the language-model head.
-        trace, records: what listens, if anybody.
+        records: what a trainer keeps of the router's passes, if it does.
     """
 
     def __init__(
@@ -76,9 +96,7 @@ class PassHooks:
         self.mixture, self.base, self.placement, self.router_layer = mixture, base, placement, router_layer
         self.config, self.router, self.experts, self.holder = config, router, experts, holder
         self.call: Call | None = None
-        self.forced: str | None = None
         self.needs_first_pass = self.adapts_head = False
-        self.trace: RoutingTrace | None = None
         self.records: list[RouterRecord] | None = None
         self._pass: tuple[Call, Rows] | None = None  # the one that runs
         self._waiting = False  # for the router to read the input of layer k
@@ -105,6 +123,38 @@ class PassHooks:
         return self.config.policy_for(self.mixture.training, self.experts.masked)
 
     @contextmanager
+    def scope(self, forced: str | None = None, trace: RoutingTrace | None = None) -> Iterator[None]:
+        """Say something of all passes that this thread or task begins within the block, or one started from it with its
+        context."""
+        token = _SCOPES.set((*_SCOPES.get(), Scope(self, forced, trace)))
+        try:
+            yield
+        finally:
+            _SCOPES.reset(token)
+
+    def rename(self, old: str, new: str) -> None:
+        """Follow an expert's new name in the blocks that this thread or task is in."""
+        for scope in _SCOPES.get():
+            if scope.owner is self and scope.forced == old:
+                scope.forced = new
+
+    @property
+    def forced(self) -> str | None:
+        """What a pass that begins here is forced to if it says nothing itself."""
+        return next((s.forced for s in reversed(_SCOPES.get()) if s.owner is self and s.forced is not None), None)
+
+    @property
+    def trace(self) -> RoutingTrace | None:
+        """What records a pass that begins here."""
+        return next((s.trace for s in reversed(_SCOPES.get()) if s.owner is self and s.trace is not None), None)
+
+    def new_call(self) -> Call:
+        """The call of a pass that nobody announced, for example TRL's of the inner model."""
+        if torch.compiler.is_compiling():
+            return Call()
+        return Call(experts=self.forced, trace=self.trace)
+
+    @contextmanager
     def calling(self, call: Call, generation: Generation | None = None) -> Iterator[None]:
         """The passes within the block belong to `call`; afterwards everything is as it was."""
         with self.holder.lock.turn():
@@ -119,7 +169,7 @@ class PassHooks:
                 yield
             finally:
                 self.call, self._pass = outer, None
-                self.holder.rest()
+                self._rest()
                 if generation is not None:
                     unfold(self.holder, generation)
                 self.holder.generation = around
@@ -136,17 +186,22 @@ class PassHooks:
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
         self._inside_base = False
+        self._rest()
+
+    def _rest(self) -> None:
         self.holder.rest()
+        self.holder.reached = None
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
             kwargs = {**inspect.signature(type(decoder).forward).bind(decoder, *args).arguments, **kwargs}
             kwargs.pop("self", None)
-        call = Call(experts=self.forced) if self.call is None else self.call
-        ids = kwargs.get("input_ids")
+        call = self.new_call() if self.call is None else self.call
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
-        rows = call.rows(batch, length, kwargs.get("attention_mask"), self.experts.names)
+        rows = call.rows(batch, length, mask, self.experts.names)
         self._pass, self._waiting, call.decision = (call, rows), False, None
+        self.holder.reached = None if call.trace is None else call.trace.reached
         self.holder.put(BARE)  # whatever runs before the router has read is the bare base
         self._prepare(decoder)
         if self.experts.disabled:
@@ -166,15 +221,15 @@ class PassHooks:
     def _before_router_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._waiting:
             self._waiting = False
-            self._apply(self._read(args[0] if args else kwargs["hidden_states"]))
+            self._apply(self._read(self.placement.state_of(args[0] if args else kwargs["hidden_states"])))
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
         running, self._pass = self._pass, None
         self._waiting = False
-        if self.trace is not None and running is not None and running[0].decision is not None:
-            self.trace.record(running[0].decision)
+        if running is not None and running[0].trace is not None and running[0].decision is not None:
+            running[0].trace.record(running[0].decision)
         if not self._inside_base:  # else the language-model head may carry experts, too
-            self.holder.rest()
+            self._rest()
 
     # ------------------------------------------------------------------ deciding
 
@@ -191,7 +246,14 @@ class PassHooks:
             return Decision(rows, self._one_hot(rows))
         if call.held is not None:
             return self._decide(repeat_rows(call.held, rows.batch), rows)
-        if GRANULARITIES[self.config.granularity].per_sequence and is_filled(kwargs.get("past_key_values")):
+        if not GRANULARITIES[self.config.granularity].per_sequence:
+            return None
+        if kwargs.get("cache") is not None or has_packed_rows(call.mask_of(kwargs), kwargs):
+            raise ValueError(
+                'packed rows hold several sequences, which cannot share one sequence\'s routing; granularity="token" '
+                "has no such limit."
+            )
+        if tokens_in(kwargs.get(str(self.placement.cache_argument))):
             raise ValueError(
                 "sequence granularity decides on the prompt, which is in the cache already: generate with "
                 "model.generate, or pass routing_weights=output.routing_weights[:, -1] of the prompt's pass."

@@ -16,6 +16,7 @@ from dylora_moe.arguments import BASE, repeat_rows
 
 from .decision import Decision, Rows
 from .granularity import Granularity
+from .trace import RoutingTrace
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Call:
         attention_mask: `[B, S]` as the caller gave it; a static cache hands the decoder a 4-D mask.
         labels: `[B, S]`, which tell sequence granularity where the prompt ends.
         prompt_length: in `generate`, the number of prompt positions.
-        packed_rows: one row holds several sequences.
+        trace: what records its passes.
         held: scores `[B, 1, n]` held for a whole sequence.
         one_hot: `[B or 1, 1, E]` of `experts` where every row is forced, for compiled graphs.
         fold: fold the fixed mixture into the weights for the length of the generation.
@@ -40,7 +41,7 @@ class Call:
     attention_mask: Tensor | None = None
     labels: Tensor | None = None
     prompt_length: int | None = None
-    packed_rows: bool = False
+    trace: RoutingTrace | None = field(default=None, repr=False)
     held: Tensor | None = None
     one_hot: Tensor | None = field(default=None, repr=False)
     fold: bool = False
@@ -58,6 +59,11 @@ class Call:
         columns = None if given else columns_of(self.experts, names, batch)  # a graph must not depend on the names
         return Rows(batch, length, self._real_tokens(mask, batch, length), columns)
 
+    def mask_of(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """The 2-D attention mask: the decoder's, or where that is none the caller's."""
+        mask = kwargs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else self.attention_mask
+
     def _real_tokens(self, mask: Any, batch: int, length: int) -> Tensor | None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = self.attention_mask
@@ -72,8 +78,6 @@ class Call:
             ValueError: the prompt is not all there, or nothing tells where it ends.
         """
         advice = 'granularity="token" has no such limit.'
-        if self.packed_rows:
-            raise ValueError(f"packed rows hold several sequences, which cannot share one sequence's routing; {advice}")
         prompt = torch.ones(rows.batch, rows.length, dtype=torch.bool, device=device)
         if rows.mask is not None:
             prompt = rows.mask.to(device).expand_as(prompt)
