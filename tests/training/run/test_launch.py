@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from dylora_moe.report.finished import launch
 from dylora_moe.training.recipe.recipe import load_recipe
+from dylora_moe.training.run import launch
 from dylora_moe.training.run.job import Job
 from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
 from tinybase import save_tiny_base

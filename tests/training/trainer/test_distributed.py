@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
-from dylora_moe.routing import load
+from dylora_moe.routing.losses import load
 from dylora_moe.training.trainer import distributed
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 from dylora_moe.training.trainer.distributed import mean_over_processes
