@@ -1,8 +1,10 @@
 """State that one call leaves to the next: none. Forced blocks, copies, pickles, threads, errors, stale matrices."""
 
+import contextvars
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +190,77 @@ def test_a_recompute_does_not_disturb_another_thread():
         assert len(found) == 5
         for result in found:
             assert all(torch.equal(one, other) for one, other in zip(result, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("_switch_often")
+def test_forced_blocks_and_traces_belong_to_their_thread():
+    model, ids = tiny_mixture("llama"), tokens()
+    routed, red = model(ids).logits, model(ids, experts="red").logits
+    inside, outside = threading.Event(), threading.Event()
+    seen: dict[str, Any] = {}
+
+    def block() -> None:
+        with model.use_experts("red"), model.trace() as trace:
+            inside.set()
+            outside.wait(60)
+            seen["block"], seen["passes"] = model(ids).logits, len(trace.passes)
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    inside.wait(60)
+    assert torch.equal(model(ids).logits, routed)  # while the other thread is in its block
+    outside.set()
+    thread.join()
+    assert torch.equal(seen["block"], red)
+    assert seen["passes"] == 1
+
+
+def test_a_thread_started_with_the_context_is_in_the_block():
+    """As a generation in a streamer's thread is."""
+    model, ids, found = tiny_mixture("llama"), tokens(), []
+    red = model.generate(ids, experts="red", **GREEDY)
+
+    def generate() -> None:
+        found.append(model.generate(ids, **GREEDY))
+
+    with model.use_experts("red"), model.trace() as trace:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(generate,))
+        thread.start()
+        thread.join()
+        assert len(trace.passes) == 6
+        stranger = threading.Thread(target=generate)
+        stranger.start()
+        stranger.join()
+        assert len(trace.passes) == 6
+    assert torch.equal(found[0], red)
+    assert not torch.equal(found[1], red)
+
+
+def test_experts_do_not_change_within_another_threads_generation():
+    model, ids = tiny_mixture("llama"), tokens()
+    expected = model.generate(ids, experts="red", **GREEDY)
+    begun, names, found = threading.Event(), [], []
+
+    class Begin(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            begun.set()
+            time.sleep(0.05)
+            names.append(model.expert_names)
+            return scores
+
+    def generate() -> None:
+        processors = LogitsProcessorList([Begin()])
+        found.append(model.generate(ids, experts="red", logits_processor=processors, **GREEDY))
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    begun.wait(60)
+    model.remove_expert("green")  # waits for its turn
+    assert len(found) == 1
+    thread.join()
+    assert names == [list(NAMES)] * 6
+    assert torch.equal(found[0], expected)
+    assert model.expert_names == ["red", "blue"]
 
 
 class Break(Exception):

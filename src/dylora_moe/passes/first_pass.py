@@ -14,10 +14,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 
 from dylora_moe.base.placement import Placement
 
+STATES_IN_MODULES = ("recurrent_states", "conv1d_state")
+"""What modules are called that keep the state of a sequence themselves, where a second run would overwrite it."""
+
 
 def check_possible(base: nn.Module, placement: Placement) -> None:
     """Raise `ValueError` if the base can not be run up to a layer by itself."""
-    if placement.cache_argument is None:
+    in_modules = any(hasattr(module, name) for module in base.modules() for name in STATES_IN_MODULES)
+    if placement.cache_argument is None or in_modules:
         raise ValueError(
             f"{type(base).__name__} keeps its state in no transformers Cache, so that it cannot run up to the router's "
             "layer by itself, which experts below that layer need. Set router_layer=0, or adapt only layers from the "
@@ -54,15 +58,24 @@ def first_pass(
     inputs |= {"output_hidden_states": False}
     if "output_attentions" in kwargs:
         inputs["output_attentions"] = False
-    probe = _Probe(layers[min(k, placement.num_layers - 1)])
+    probe, output = _Probe(layers[min(k, placement.num_layers - 1)]), None
     try:
         if k < placement.num_layers:
             setattr(decoder, placement.layers_name, nn.ModuleList([*layers[:k], probe]))
         with torch.no_grad():
             output = decoder.forward(**inputs)
+    except _Reached:
+        pass
     finally:
         setattr(decoder, placement.layers_name, layers)
-    return kwargs, output.last_hidden_state if probe.hidden is None else placement.state_of(probe.hidden)
+    if probe.hidden is not None:
+        return kwargs, placement.state_of(probe.hidden)
+    assert output is not None
+    return kwargs, output.last_hidden_state
+
+
+class _Reached(Exception):
+    """Layer k was reached; the rest of the base need not run."""
 
 
 class _Probe(nn.Module):
@@ -82,7 +95,9 @@ class _Probe(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden = hidden_states
-        return hidden_states
+        if torch.compiler.is_compiling():
+            return hidden_states
+        raise _Reached
 
 
 class ExtraLayer:
