@@ -49,8 +49,8 @@ def softmax_of_best(logits: Tensor, k: int | None, temperature: float | Tensor) 
     return Shares(dense(logits.masked_fill(dropped, float("-inf")), temperature), best)
 
 
-POLICIES: dict[str, Callable[[Tensor, int | None, float | Tensor], Shares]] = {"top_k": softmax_of_best}
-"""Name → `(logits, k, temperature)`; k is None where all outputs are kept."""
+POLICIES: dict[str, Callable[[Tensor, int | None, float | Tensor], tuple[Tensor, Tensor | None]]] = {"top_k": softmax_of_best}
+"""Name → `(logits, k, temperature)` → values and kept outputs, as in `Shares`; k is None where all are kept."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,4 @@ class Policy:
 
     def shares(self, logits: Tensor) -> Shares:
         """The shares of all outputs for `logits [..., E]`, masked before (see `mask`) or here."""
-        return POLICIES[self.name](self.mask(logits), self.k, self.temperature)
+        return Shares(*POLICIES[self.name](self.mask(logits), self.k, self.temperature))
