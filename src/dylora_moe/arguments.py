@@ -92,6 +92,17 @@ def has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bo
     return bool((starts.sum(-1) > 1).any())
 
 
+def exits_early(args: Any, kwargs: Any, default: Any) -> bool:
+    """Whether a call of `generate` drafts with the lower layers of the model itself.
+
+    Args:
+        args, kwargs: of the call.
+        default: the model's own generation configuration.
+    """
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or default
+    return kwargs.get("assistant_early_exit", getattr(given, "assistant_early_exit", None)) is not None
+
+
 def repeat_rows(tensor: Tensor, batch: int) -> Tensor:
     """Repeat the rows of `tensor [B, …]` for beams; a single row stands for all."""
     rows = tensor.shape[0]

@@ -10,30 +10,44 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from .arguments import check_experts, check_weights, input_shape
+from .arguments import check_experts, check_weights, exits_early, input_shape
 from .base.loading import check_bare, load_base, strip_adapters
 from .base.placement import Placement
-from .checkpoint.adapters import Adapter, read_adapter, write_adapter
+from .callers import (
+    REFERENCE,
+    WHOLE,
+    AdapterConfigs,
+    check_trainer,
+    ignored_at_inference,
+    is_trainer_checkpoint,
+    share_of_step,
+)
+from .checkpoint.adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, write_adapter
 from .checkpoint.card import model_card
-from .checkpoint.files import CheckpointError
+from .checkpoint.files import CheckpointError, local_folder
 from .checkpoint.hub import OPTIONS, upload
 from .checkpoint.mixture import (
     CONFIG_FILE,
+    ROUTER_FILE,
     Description,
     MixtureState,
     check_gathered,
     read_description,
     read_mixture,
+    read_router,
     write_mixture,
 )
 from .config import MoELoraConfig, check_expert_name, check_mixable
@@ -44,7 +58,7 @@ from .layers.groups import lay_out_experts
 from .layers.in_force import Generation, Holder
 from .layers.recompute import give_back_checkpoints
 from .layers.routed import route_layers
-from .output import MoECausalLMOutput, with_routing_fields
+from .output import OWN_FIELDS, MoECausalLMOutput, comes_from_trl_head, split_loss, with_routing_fields
 from .passes.first_pass import check_possible
 from .passes.hooks import BARE, PassHooks
 from .reports import ParameterReport, parameter_report
@@ -56,7 +70,9 @@ from .routing.policies import Policy
 from .routing.records import RouterRecord
 from .routing.router import Router
 from .routing.trace import RoutingTrace
-from .sharding import is_sharded, reshard, whole
+from .sharding import is_sharded, reshard, shard_like, whole
+
+logger = logging.getLogger(__name__)
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -139,7 +155,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             config.router_type,
             config.router_hidden_size,
         ).to(next(placement.layers(base)[min(first, placement.num_layers - 1)].parameters()).device)
-        base.config.keys_to_ignore_at_inference = ["past_key_values", "routing_weights", "router_logits"]
+        base.config.keys_to_ignore_at_inference = ignored_at_inference(base.config, OWN_FIELDS)
         parts = (placement, first, config, self.router, self.experts, self.holder)
         self.hooks = PassHooks(self, base, *parts)
         self._refresh()
@@ -258,6 +274,43 @@ class DyLoraMoE(PeftModelForCausalLM):
                 self.freeze_expert(name)
         self.router.requires_grad_(trainable)
 
+    def restore(self, directory: str | Path) -> None:
+        """Take over a checkpoint of this same mixture: experts and router, their states, and which are frozen.
+
+        The parameters stay the ones that an optimizer may hold, in their dtypes; modes stay.
+
+        Args:
+            directory: folder or hub id.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another mixture; this one is left as it was.
+        """
+        folder, known = read_description(directory)
+        if list(known.states) != self.expert_names:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: a mixture of {', '.join(known.states)}; this one has the experts "
+                f"{', '.join(self.expert_names)}. Load it with DyLoraMoE.from_pretrained."
+            )
+        adapters = {name: self._read_again(folder / name, name) for name in self.expert_names}
+        router = read_router(folder / ROUTER_FILE, self.router)
+        reshard(self)
+        for name, adapter in adapters.items():
+            self.experts.load(name, adapter.tensors)
+        with torch.no_grad():
+            for key, parameter in self.router.named_parameters():
+                parameter.copy_(shard_like(router[key], parameter))
+        self.experts.states.update(known.states)
+        for name in self.expert_names:
+            if (name in known.frozen) != (name in self.experts.frozen):
+                self.set_requires_grad(name, name not in known.frozen)
+
+    def _read_again(self, folder: Path, name: str) -> Adapter:
+        """The adapter in `folder`, which must be one of the expert `name` as it is."""
+        adapter = read_adapter(folder, cast(PreTrainedModel, self.get_base_model()), name)
+        own = {part.key: tuple(part.tensor.shape) for part in self.expert_tensors(name)}
+        check_tensors(adapter.tensors, own, folder / ADAPTER_TENSORS, f"expert {name!r} of this mixture")
+        return adapter
+
     def _apply(self, fn: Any, recurse: bool = True) -> DyLoraMoE:
         self.holder.layers.spare.clear()
         result = super()._apply(fn, recurse)
@@ -274,7 +327,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         """Bring everything derived from the set of experts up to date."""
         names = self.expert_names
         route_layers(self.base_model, self.holder)
-        self.active_adapter = names[0]
+        self.active_adapter = WHOLE
+        self.peft_config = AdapterConfigs(self.peft_config, self.moe_config)
         self.base_model.set_adapter(names)
         for name in self.experts.frozen:
             self.base_model.set_requires_grad(name, False)
@@ -300,6 +354,16 @@ class DyLoraMoE(PeftModelForCausalLM):
     def expert_names(self) -> list[str]:
         """Names of the experts, in the order of the columns of `routing_weights`."""
         return self.experts.names
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """`["default"]`: to stock callers a mixture as a whole is one adapter, which is active."""
+        return [WHOLE]
+
+    @property
+    def active_peft_config(self) -> MoELoraConfig:
+        """The mixture's configuration."""
+        return self.moe_config
 
     @property
     def expert_states(self) -> dict[str, str]:
@@ -412,7 +476,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 return_dict=True,
                 **kwargs,
             )
-        result = self._result(output, call, labels is not None)
+        result = self._result(output, call, labels, kwargs.get("num_items_in_batch"))
         wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return result if wanted else result.to_tuple()
 
@@ -434,6 +498,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         batch, length = input_shape(args, kwargs)
         call = self._call(experts, routing_weights, batch, None, kwargs)
         call.attention_mask, call.prompt_length = kwargs.get("attention_mask"), length
+        if self.hooks.needs_first_pass and not call.decided and exits_early(args, kwargs, self.generation_config):
+            raise ValueError(
+                "assistant_early_exit drafts with the lower layers of the same model, whose cache then misses the "
+                "routing pass that this mixture needs (an expert sits below the router's layer); pass an "
+                "assistant_model, or prompt_lookup_num_tokens."
+            )
         if fold:
             call.check_foldable(batch, GRANULARITIES[self.moe_config.granularity])
             call.fold = True
@@ -463,19 +533,26 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         self.get_base_model().compile(*args, **kwargs)
 
-    def _result(self, output: Any, call: Call, labelled: bool) -> MoECausalLMOutput:
-        decision = call.decision
-        fields: dict[str, Tensor | None] = {"lm_loss": output.get("loss")}
+    def _result(
+        self, output: Any, call: Call, labels: Tensor | None, num_items: Tensor | int | None
+    ) -> MoECausalLMOutput:
+        decision, trl = call.decision, comes_from_trl_head(output)
+        lm_loss, of_base = split_loss(output, self.get_base_model())
+        fields: dict[str, Any] = {"lm_loss": lm_loss}
         if decision is not None:
             fields["routing_weights"] = decision.all_weights
         if decision is not None and decision.logits is not None:
             fields["router_logits"] = decision.logits
-            if labelled:
+            if labels is not None:
                 mask = decision.rows.routed_mask(decision.logits.device)
                 aux, fields["balance_loss"] = self.auxiliary_losses(decision.logits, mask, shares=decision.shares)
+                if num_items is not None:
+                    aux = aux * share_of_step(labels, num_items).to(aux)
                 fields["aux_loss"] = aux
                 if output.get("loss") is not None:
                     fields["loss"] = output["loss"] + aux.to(output["loss"].device)
+        if trl and of_base is not None:
+            fields["aux_loss"] = output["aux_loss"]
         return with_routing_fields(output, **fields)
 
     def auxiliary_losses(
@@ -569,13 +646,22 @@ class DyLoraMoE(PeftModelForCausalLM):
             ValueError: a name that is taken or reserved, or a configuration that cannot be mixed.
             CheckpointError: an adapter that is missing, damaged or made for another architecture.
         """
+        self._add_expert(name, source, trainable)
+
+    def _add_expert(
+        self,
+        name: str,
+        source: LoraConfig | str | Path | None,
+        trainable: bool | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         base = cast(PreTrainedModel, self.get_base_model())
         check_expert_name(name, taken=self.expert_names, base=base)
         adapter = read_adapter(str(source), base, name) if isinstance(source, (str, Path)) else None
         config = self._fresh_config(cast(Any, source)) if adapter is None else adapter.config
         position = self.num_experts
         try:
-            super().add_adapter(name, config)
+            super().add_adapter(name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             self.experts.states[name] = NEW
             self.moe_config.set_experts(self.expert_names)
             self.router.grow(position)
@@ -612,7 +698,6 @@ class DyLoraMoE(PeftModelForCausalLM):
     def _drop(self, name: str) -> None:
         if name in self.experts.states and self.router.num_outputs == len(self.output_names):
             self.router.shrink(self.expert_names.index(name))
-        self.active_adapter = next(other for other in self.expert_names if other != name)
         self.peft_config.pop(name, None)
         self.experts.drop(name, self.get_base_model())
         self.moe_config.set_experts(self.expert_names)
@@ -724,7 +809,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             check_gathered(state_dict, self._trained_tensors())
         state, directory = self.state(state_dict), Path(save_directory)
         card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
-        write_mixture(state, directory, card)
+        write_mixture(state, directory, card, for_trainer=is_trainer_checkpoint(directory))
         if push_to_hub:
             upload(directory, repo_id or directory.name, **hub)
 
@@ -769,23 +854,119 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ PEFT's names for the same
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
-        """PEFT's name for `add_expert`."""
-        self.add_expert(adapter_name, peft_config)
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """PEFT's name for `add_expert`; TRL's `"ref"`, the adapter's copy to compare with, is the bare base.
 
-    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False) -> None:
-        """PEFT's name for importing an expert; see `add_expert`."""
-        self.add_expert(adapter_name, model_id, trainable=is_trainable)
+        Args:
+            adapter_name: of the new expert.
+            peft_config: its configuration.
+            low_cpu_mem_usage: without effect.
+            autocast_adapter_dtype: keep the expert in float32 over a base in half precision.
+        """
+        if adapter_name == REFERENCE and peft_config is self.moe_config:
+            if self.experts.trained:
+                logger.warning(
+                    "the reference is the bare base, not this mixture as it is now: with DPO and KTO pass "
+                    "ref_model=other.get_base_model() of a second mixture to compare with that."
+                )
+            return  # TRL then switches the experts off
+        self._add_expert(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        **download: Any,
+    ) -> _IncompatibleKeys:
+        """PEFT's name for importing an expert (`add_expert`), or for loading tensors into one that is there.
+
+        `"default"`, which is the mixture as a whole, stands for `restore`: Trainer resumes and loads its best so.
+
+        Args:
+            model_id: folder or hub id of a stock PEFT LoRA adapter; for `"default"`, of a checkpoint.
+            adapter_name: of the expert, or `"default"`.
+            is_trainable: whether a new expert trains; one that is there, or the whole, stays as it is or was saved.
+            torch_device: without effect; every tensor goes to the device of its layer.
+            autocast_adapter_dtype: keep a new expert in float32 over a base in half precision.
+            ephemeral_gpu_offload, key_mapping: refused.
+            low_cpu_mem_usage: without effect.
+            subfolder: of `model_id`.
+            download: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, for a hub id.
+
+        Returns:
+            what stock callers look at: no missing and no unexpected keys, as either is an error.
+
+        Raises:
+            CheckpointError: an adapter or checkpoint that is missing, damaged or made for something else.
+            ValueError: a name that cannot be an expert's, or an argument that a mixture cannot heed.
+        """
+        if ephemeral_gpu_offload or key_mapping:
+            raise ValueError(
+                "load_adapter of a mixture takes neither ephemeral_gpu_offload nor key_mapping: leave the first out, "
+                "and rename the tensors in the file instead of the second."
+            )
+        if torch_device is not None:
+            torch.device(torch_device)  # what is no device is refused, as PEFT would
+        folder = local_folder(model_id, [ADAPTER_TENSORS], **download) / (subfolder or "")
+        if adapter_name == WHOLE:
+            self.restore(folder)
+        elif adapter_name in self.expert_names:
+            self.experts.load(adapter_name, self._read_again(folder, adapter_name).tensors)
+        else:
+            self._add_expert(adapter_name, folder, is_trainable, autocast_adapter_dtype)
+        return _IncompatibleKeys([], [])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's name for `remove_expert`."""
         self.remove_expert(adapter_name)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
-        """Refused: all experts of a mixture are active, and the router chooses among them."""
+        """Refused but for `"default"`, the mixture as a whole: all its experts are active, and the router chooses."""
+        if adapter_name in (WHOLE, [WHOLE]) and not inference_mode:
+            return
         raise ValueError(
             "a mixture keeps all its experts active; to force one, pass experts=... to forward or generate, or use "
-            "`with model.use_experts(name)`."
+            "`with model.use_experts(name)`. What trains is set with freeze_expert and unfreeze_expert."
+        )
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's name for `unfreeze_expert` and `freeze_expert`; `"default"` is the router with all experts."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name == WHOLE:
+                self.set_requires_grad(self.expert_names, requires_grad)
+                self.router.requires_grad_(requires_grad)
+            elif requires_grad:
+                self.unfreeze_expert(name)
+            else:
+                self.freeze_expert(name)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As in transformers; TRL's trainers give their tag when they are made, and what cannot work is refused."""
+        config = self.moe_config
+        check_trainer(tags, self.config, GRANULARITIES[config.granularity].per_sequence)
+        cast(PreTrainedModel, self.get_base_model()).add_model_tags(tags)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as `merge_and_unload`."""
+        self.merge_and_unload()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: it would be no expert, and lost on saving."""
+        raise ValueError(
+            "write a fixed mixture as one adapter with export_mixture, and take it in as an expert with add_expert."
         )
 
     def unload(self) -> nn.Module:

@@ -25,14 +25,22 @@ _PICKLES = (
     "router.pt",
     "router.bin",
 )
+_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 class CheckpointError(ValueError):
     """A checkpoint or adapter that cannot be used; the message names the file and what was expected."""
 
 
-def local_folder(source: str | Path, files: list[str]) -> Path:
-    """A local folder for `source`: itself, or the download of a hub id. `files` are named in the error."""
+def local_folder(source: str | Path, files: list[str], **download: Any) -> Path:
+    """A local folder for `source`: itself, or the download of a hub id. `files` are named in the error.
+
+    Raises:
+        TypeError: a `download` option that huggingface_hub's `snapshot_download` is not passed.
+    """
+    unknown = sorted(set(download) - set(_DOWNLOAD))
+    if unknown:
+        raise TypeError(f"unknown arguments {', '.join(unknown)}; a download takes {', '.join(_DOWNLOAD)}.")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -44,7 +52,7 @@ def local_folder(source: str | Path, files: list[str]) -> Path:
             f"{source}: no such folder; expected one with {', '.join(files)}, or a hub id (owner/name)."
         )
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"], **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source}: no such folder, and the hub did not deliver it: {error}") from error
 

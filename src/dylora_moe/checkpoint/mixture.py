@@ -27,7 +27,7 @@ from dylora_moe.experts.expert_set import NEW, ROUTED
 from dylora_moe.routing.router import Router
 from dylora_moe.version import __version__
 
-from .adapters import Adapter, check_tensors, read_adapter, write_adapter_files
+from .adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 
 FORMAT_VERSION = 1
@@ -70,9 +70,26 @@ class MixtureState:
     router: dict[str, Tensor]
 
 
-def write_mixture(state: MixtureState, directory: Path, card: str) -> None:
-    """Write a checkpoint folder atomically, with the text of its model card."""
-    with replacing(directory, owned={CONFIG_FILE, ROUTER_FILE, CARD_FILE, *saved_experts(directory)}) as folder:
+def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: bool = False) -> None:
+    """Write a checkpoint folder atomically, with the text of its model card.
+
+    Args:
+        state: the mixture.
+        directory: the folder.
+        card: the text of its model card.
+        for_trainer: beside it write an adapter file without tensors, by which transformers' Trainer, which looks into
+            the folder only, knows that it holds adapters.
+    """
+    owned = {
+        CONFIG_FILE,
+        ROUTER_FILE,
+        CARD_FILE,
+        *saved_experts(directory),
+        *((ADAPTER_TENSORS,) if for_trainer else ()),
+    }
+    with replacing(directory, owned) as folder:
+        if for_trainer:
+            save_file({}, folder / ADAPTER_TENSORS, metadata={"format": "pt", "see": CONFIG_FILE})
         for name, adapter in state.experts.items():
             write_adapter_files(folder / name, adapter.config, adapter.tensors)
         router = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.router.items()}

@@ -56,6 +56,12 @@ class ExpertSet:
         """Whether PEFT's `disable_adapter` holds."""
         return next(iter(self.layers)).disable_adapters
 
+    @property
+    def trained(self) -> bool:
+        """Whether some expert does something: every fresh one starts with B = 0."""
+        parts = (part for name in self.names for part in self.tensors(name))
+        return any("lora_B" in part.key and bool(part.tensor.any()) for part in parts)
+
     def check_known(self, name: str) -> None:
         """Raise `ValueError` if there is no expert of this name."""
         if name not in self.states:

@@ -47,6 +47,11 @@ class Call:
     fold: bool = False
     decision: Decision | None = field(default=None, repr=False)
 
+    @property
+    def decided(self) -> bool:
+        """Whether the caller made the decision for every row."""
+        return self.weights is not None or self.one_hot is not None
+
     def rows(self, batch: int, length: int, mask: Any, names: Sequence[str]) -> Rows:
         """What is known of a pass over `batch` rows of `length` tokens before anything is decided.
 

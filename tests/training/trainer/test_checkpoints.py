@@ -20,7 +20,6 @@ from dylora_moe.training.trainer.checkpoints import (
     Interrupted,
     RestoreAverages,
     last_complete,
-    restore,
 )
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
@@ -206,5 +205,5 @@ def test_restore_leaves_the_mixture_alone_on_error(tmp_path):
     folder = tmp_path / "checkpoint-2"
     (folder / "b" / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="truncated"):
-        restore(run.mixture, folder)
+        run.mixture.restore(folder)
     assert all(torch.equal(value, before[name]) for name, value in state(run).items())

@@ -19,7 +19,7 @@ from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.sharding import is_sharded, whole
-from dylora_moe.training.trainer.checkpoints import Interrupted, last_complete, restore
+from dylora_moe.training.trainer.checkpoints import Interrupted, last_complete
 from dylora_moe.training.trainer.distributed import leave_rank
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
@@ -150,7 +150,7 @@ def resumed(folder: Path) -> dict:
     second.mixture.save_pretrained(folder / "final", is_main_process=second.args.should_save)
     end = state(second.mixture)
     outputs(second.mixture)  # leaves whole copies of some parameters behind
-    restore(second.mixture, folder / "checkpoint-2")
+    second.mixture.restore(folder / "checkpoint-2")
     return {
         "tensors": (whole_run, end),
         "logs": (log, second.state.log_history),

@@ -30,7 +30,7 @@ from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.methods import Stage
 from dylora_moe.training.recipe.sections import SECRETS, Recipe
-from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
+from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete
 
 from .lock import FolderLock
 
@@ -201,7 +201,7 @@ def load_finished(mixture: DyLoraMoE, folder: Path, stage: Stage) -> None:
     """Put what a finished stage trained into the mixture."""
     trained = folder / TRAINED
     if stage.router:
-        restore(mixture, trained)
+        mixture.restore(trained)
         return
     base: Any = mixture.get_base_model()
     for name in stage.experts:

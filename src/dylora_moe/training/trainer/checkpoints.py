@@ -25,11 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
-from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.checkpoint.files import CheckpointError, read_json
-from dylora_moe.checkpoint.mixture import ROUTER_FILE, read_router
-from dylora_moe.model import DyLoraMoE
-from dylora_moe.sharding import reshard, shard_like
 
 from .callbacks import Speed, StarvedExperts
 from .distributed import greatest
@@ -106,28 +102,6 @@ def naming_damage(folder: str | Path | None, part: str) -> Iterator[None]:
             f"{folder} is damaged ({part} state: {reason}). Delete this folder; --resume then "
             "goes on from the checkpoint before it."
         ) from error
-
-
-def restore(mixture: DyLoraMoE, folder: str | Path) -> None:
-    """Load experts and router of a checkpoint into a mixture that has the same experts.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or of another mixture; the mixture is left as it was.
-    """
-    folder = Path(folder)
-    base: Any = mixture.get_base_model()
-    adapters = {name: read_adapter(folder / name, base, name) for name in mixture.expert_names}
-    for name, adapter in adapters.items():
-        for key, _, parameter in mixture.expert_tensors(name):
-            if key not in adapter.tensors or adapter.tensors[key].shape != parameter.shape:
-                raise CheckpointError(f"{folder / name}: {key} does not fit expert {name!r} of this mixture.")
-    router = read_router(folder / ROUTER_FILE, mixture.router)
-    reshard(mixture)
-    for name, adapter in adapters.items():
-        mixture.load_expert(name, adapter.tensors)
-    with torch.no_grad():
-        for name, parameter in mixture.router.named_parameters():
-            parameter.copy_(shard_like(router[name], parameter))
 
 
 def save_averages(trainer: SFTTrainer, starved: StarvedExperts, folder: Path) -> None:

@@ -33,7 +33,6 @@ from .checkpoints import (
     mark_complete,
     mark_incomplete,
     naming_damage,
-    restore,
     save_averages,
 )
 from .collator import DOMAIN, DomainCollator, padded
@@ -152,7 +151,7 @@ class MoETrainer(SFTTrainer):
     def _take_over(self, folder: Path) -> TrainOutput:
         """The outcome of a training whose last step is in `folder`; Trainer would make one step more."""
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        restore(self.mixture, folder)
+        self.mixture.restore(folder)
         self._tr_loss = torch.zeros((), device=self.args.device)
         RestoreAverages(self, self.starved, self.speed, folder).on_train_begin(self.args, self.state, self.control)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -218,10 +217,10 @@ class MoETrainer(SFTTrainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.mixture, resume_from_checkpoint)
+        self.mixture.restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        restore(self.mixture, str(self.state.best_model_checkpoint))
+        self.mixture.restore(str(self.state.best_model_checkpoint))
 
     def create_accelerator_and_postprocess(self) -> None:
         with fsdp_on_cpu(self.args):

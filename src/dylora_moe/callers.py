@@ -1,0 +1,96 @@
+"""What stock callers expect of a PeftModel, and what a mixture answers.
+
+Trainer and TRL know PEFT models that have one adapter, called `"default"`. To them a mixture as a whole is that one: it
+is active, it is loaded again from a checkpoint, and with it off the base is left.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import Tensor
+
+WHOLE = "default"
+"""The name under which a mixture is one adapter; no expert may have it."""
+REFERENCE = "ref"
+"""What TRL calls the copy of the adapter that it compares with."""
+
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_NOT_TRAINED = {
+    "reward-trainer": (
+        "RewardTrainer trains a sequence classifier with a score of its own, and a mixture is a causal language model, "
+        "whose logits are no score: train the reward model as a stock PeftModel."
+    ),
+    "orpo": "",
+    "cpo": "",
+}
+"""TRL's trainers that cannot train a mixture, by the tag that they give to a model, and why; `""` where it depends."""
+
+
+class AdapterConfigs(dict[str, PeftConfig]):
+    """The experts' configurations by name; asked for the whole mixture's, that of the mixture, which is not listed."""
+
+    def __init__(self, experts: Mapping[str, PeftConfig], whole: PeftConfig):
+        super().__init__(experts)
+        self.whole = whole
+
+    def __missing__(self, name: str) -> PeftConfig:
+        if name == WHOLE:
+            return self.whole
+        raise KeyError(name)
+
+
+def ignored_at_inference(config: Any, own: Sequence[str]) -> list[str]:
+    """The fields of an output that Trainer keeps from predictions: the base's, its cache and our `own`."""
+    known = list(getattr(config, "keys_to_ignore_at_inference", None) or [])
+    return list(dict.fromkeys([*known, "past_key_values", *own]))
+
+
+def share_of_step(labels: Tensor, num_items: Tensor | int) -> Tensor:
+    """How much of an optimizer step a micro-batch is, scalar: its shifted labels over those of the whole step.
+
+    Args:
+        labels: `[B, S]`, -100 where the loss does not look.
+        num_items: what Trainer calls `num_items_in_batch`.
+    """
+    return (labels[..., 1:] != -100).sum() / num_items
+
+
+def is_trainer_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name that Trainer gives to its checkpoints."""
+    return _TRAINER_CHECKPOINT.fullmatch(folder.name) is not None
+
+
+def check_trainer(tags: str | Sequence[str], base_config: Any, per_sequence: bool) -> None:
+    """Refuse those of TRL's trainers that cannot train a mixture; each gives its model a tag when it is made.
+
+    Args:
+        tags: given to the model.
+        base_config: of the base.
+        per_sequence: whether the routing is decided on the prompt.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for tag in [tags] if isinstance(tags, str) else tags:
+        if tag not in _NOT_TRAINED:
+            continue
+        reason = _NOT_TRAINED[tag]
+        if not reason and getattr(base_config.get_text_config(), "output_router_logits", False):
+            reason = (
+                f"TRL's {tag.upper()}Trainer takes `aux_loss` for the auxiliary loss of the base's own experts; set "
+                "output_router_logits=False in the base's configuration to train without that."
+            )
+        if not reason and per_sequence:
+            reason = (
+                f"TRL's {tag.upper()}Trainer does not say where the prompt ends, so completions would decide their own "
+                'routing; use granularity="token".'
+            )
+        if reason:
+            raise ValueError(reason)
