@@ -72,6 +72,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         placement: where the decoder layers of the base are.
         router_layer_index: k; L for `"last"`.
         base_name: what the base is called in checkpoints, or None.
+        chat: whether prompts go through the base's chat template, as its training did; None if nobody said. It is for
+            those who make prompts, and saved with the mixture.
     """
 
     base_model: Any  # a peft.LoraModel
@@ -114,6 +116,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             raise
         self.moe_config = config
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
+        self.chat: bool | None = None
         self.placement = placement
         self.router_layer_index = first
         self.holder = Holder(resting=BARE)
@@ -228,6 +231,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
+        mixture.chat = known.chat
         mixture._take_over(state, trainable)
         return mixture.eval()
 
@@ -645,7 +649,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             router = {key: gathered[f"router.{key}"] for key in router}
         revision = getattr(self.config, "_commit_hash", None)
         states, frozen = dict(self.expert_states), self.frozen_experts
-        known = Description(self.moe_config, states, frozen, self.base_name, revision)
+        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.chat)
         return MixtureState(known, adapters, router)
 
     def gathered(self) -> dict[str, Tensor]:

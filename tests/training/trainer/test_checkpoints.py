@@ -17,11 +17,11 @@ from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
 from dylora_moe.training.trainer.checkpoints import (
     COMPLETE_FILE,
     EXEMPT_FROM_RESUME,
-    Interrupted,
     RestoreAverages,
     last_complete,
     restore,
 )
+from dylora_moe.training.trainer.interrupted import Interrupted
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 

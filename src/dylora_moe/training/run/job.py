@@ -126,9 +126,11 @@ class Job:
                     raise CheckpointError(f"{self.folder.path} cannot be written: {error}.") from error
             yield
 
-    def examples_to_try(self) -> list[str]:
-        """A held-out prompt of each domain."""
-        return [examples[0].question for examples in by_domain(self.test).values()]
+    @property
+    def prompt_to_try(self) -> str:
+        """A prompt to begin with: the shortest of each domain's first, held-out ones rather than trained ones."""
+        domains = by_domain(self.test) or self.train
+        return min((examples[0].question for examples in domains.values()), key=len)
 
     # ------------------------------------------------------------------ data
 
