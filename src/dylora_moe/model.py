@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arguments import check_experts, check_weights, has_packed_rows, input_shape
-from .base.loading import check_bare, load_base, strip_adapters
+from .base.loading import accept_in_pipelines, check_bare, load_base, strip_adapters, without_notes_for_peft
 from .base.placement import Placement
 from .checkpoint.adapters import Adapter, read_adapter, write_adapter
 from .checkpoint.card import model_card
@@ -106,7 +106,8 @@ class DyLoraMoE(PeftModelForCausalLM):
             check_mixable(expert, name)
         trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         try:
-            super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
+            with without_notes_for_peft():
+                super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
                 super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
         except BaseException:
@@ -114,6 +115,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+        accept_in_pipelines(type(self))
         self.moe_config = config
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
         self.chat: bool | None = None
