@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .arguments import check_experts, check_weights, has_packed_rows, input_shape
+from .arguments import check_experts, check_tensors, check_weights, has_packed_rows, input_shape
 from .base.loading import accept_in_pipelines, check_bare, load_base, strip_adapters, without_notes_for_peft
 from .base.placement import Placement
 from .checkpoint.adapters import Adapter, read_adapter, write_adapter
@@ -88,6 +88,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         autocast_adapter_dtype: bool = True,
     ):
         """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
+        _check_config(config)
         config = copy.deepcopy(config)  # it changes with the experts; the caller's does not
         config.validate()
         check_bare(base)
@@ -155,8 +156,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: a setting that does not fit the base; the message names it.
         """
-        model, name = load_base(base, base_kwargs)
         config = config or MoELoraConfig(target_modules="all-linear")
+        _check_config(config)
+        for expert, own in _mapping("expert_configs", expert_configs or {}, "a LoraConfig").items():
+            if not isinstance(own, LoraConfig):
+                raise TypeError(f"expert_configs[{expert!r}] must be a LoraConfig, not {own!r:.60}.")
+        model, name = load_base(base, base_kwargs)
         return cls(model, config, base_name=name, fresh=expert_configs)
 
     @classmethod
@@ -182,9 +187,13 @@ class DyLoraMoE(PeftModelForCausalLM):
             base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
+            TypeError: `adapters` is no mapping.
             CheckpointError: an adapter that is missing, damaged or made for another architecture. The base is left as
                 it was.
         """
+        adapters = _mapping("adapters", adapters, "the folder or hub id of an adapter")
+        if config is not None:
+            _check_config(config)
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
@@ -380,7 +389,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: unknown experts, weights of the wrong shape or not finite, or both arguments at once.
         """
+        check_tensors(attention_mask=attention_mask, labels=labels)
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
+        if batch is None:
+            raise ValueError("a pass needs input_ids [batch, sequence] or inputs_embeds; none was given.")
         call = self._call(experts, routing_weights, batch, length, kwargs)
         call.attention_mask, call.labels = attention_mask, labels
         per_sequence = GRANULARITIES[self.moe_config.granularity].per_sequence
@@ -721,6 +733,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: an unknown expert, a weight that is not finite, or a DoRA expert (its output is not linear).
         """
+        weights = _mapping("weights", weights, "a number")
         configs = {name: self.lora_config(name) for name in self.expert_names}
         write_adapter(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
 
@@ -779,3 +792,18 @@ class DyLoraMoE(PeftModelForCausalLM):
             "a routed mixture has no single merged weight; write a fixed mixture as one LoRA with export_mixture and "
             "merge that, or call unload() for the bare base."
         )
+
+
+def _mapping(argument: str, value: Any, what: str) -> Mapping[str, Any]:
+    """`value` if it is a mapping, or a `TypeError` that says what it should map."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{argument} must map the name of an expert to {what}, not be {value!r:.60}: "
+            f'{argument}={{"sql": …, "math": …}}.'
+        )
+    return value
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, MoELoraConfig):
+        raise TypeError(f"config must be a MoELoraConfig(…), not {config!r:.60}.")
