@@ -687,6 +687,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         results: Mapping[str, Any] | None = None,
+        metric: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the mixture as a checkpoint folder, atomically: a crash leaves an older one whole.
@@ -697,6 +698,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             is_main_process: False writes nothing.
             push_to_hub: upload it afterwards, to `repo_id` (default: the folder's name).
             results: measured values for the model card: column → {row → share between 0 and 1, or loss}.
+            metric: a sentence for the card: what the results are, and whether higher or lower is better.
             kwargs: `token`, `private`, `commit_message`, … of the upload.
         """
         if not kwargs.pop("safe_serialization", True):
@@ -713,7 +715,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         if state_dict is not None:
             check_gathered(state_dict, self._trained_tensors())
         state, directory = self.state(state_dict), Path(save_directory)
-        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
+        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results, metric)
         write_mixture(state, directory, card)
         if push_to_hub:
             upload(directory, repo_id or directory.name, **hub)

@@ -74,6 +74,11 @@ class Metric:
         """Whether its values lie between 0 and 1."""
         return self.unit == "%"
 
+    @property
+    def sentence(self) -> str:
+        """What it is and which way is better."""
+        return f"{self.meaning}; {'higher' if self.higher_is_better else 'lower'} is better."
+
 
 def measure_exact_match(
     model: Any,

@@ -335,7 +335,8 @@ class Job:
             routing = measurement.routing(mixture)
             results.load = {domain: row.pop("load") for domain, row in routing.items()}
             results.routing = routing
-            mixture.save_pretrained(self.folder.path, results=results.columns)
+            metric = METRICS[results.metric].sentence
+            mixture.save_pretrained(self.folder.path, results=results.columns, metric=metric)
             self.tokenizer.save_pretrained(self.folder.path)
             again = DyLoraMoE.from_pretrained(str(self.folder.path), dtype=getattr(torch, self.recipe.base.dtype))
             results.reloaded_identical = measurement.same_answers(mixture, again)
