@@ -3,11 +3,15 @@
 import os
 import sys
 
-from .cli import main
-
 
 def run() -> None:
     """Run the command line; a rank of several leaves by `leave_rank`."""
+    try:
+        from .cli import main
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"{error.name} is not installed; the command line needs pip install 'dylora-moe[train]'.")
     code: object = 0
     try:
         main()
@@ -20,4 +24,5 @@ def run() -> None:
     sys.exit(code)  # pyright: ignore[reportArgumentType]
 
 
-run()
+if __name__ == "__main__":
+    run()

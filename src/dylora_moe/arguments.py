@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ def check_experts(experts: Any, names: Sequence[str], batch: int | None) -> str 
     """Validate the `experts=` argument of a call.
 
     Raises:
+        TypeError: neither a name nor a list of them.
         ValueError: an unknown name, or not one entry per row.
     """
     if experts is None:
         return None
+    if not isinstance(experts, Sequence):
+        raise TypeError(f"experts={experts!r:.60}: pass one name for all rows, or a list with one name per row.")
     known = (*names, BASE)
     entries: list[str | None] = [experts] if isinstance(experts, str) else list(experts)
     for name in entries:
@@ -72,11 +75,31 @@ def check_weights(weights: Any, num_experts: int, batch: int | None, length: int
 
 
 def input_shape(args: Any, kwargs: Any) -> tuple[int | None, int | None]:
-    """Batch and length of a model call, from whichever input it was given."""
-    for value in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
-        if isinstance(value, Tensor):
-            return value.shape[0], value.shape[1]
+    """Batch and length of a model call, from whichever input it was given.
+
+    Raises:
+        TypeError: text, lists or a whole batch in place of a tensor.
+        ValueError: a single row without its batch dimension.
+    """
+    given = [("input_ids", value) for value in args[:1]]
+    given += [(key, kwargs.get(key)) for key in ("input_ids", "inputs", "inputs_embeds")]
+    for key, value in given:
+        if value is None:
+            continue
+        check_are_tensors(**{key: value})
+        if value.dim() < 2:
+            raise ValueError(f"{key} has shape {list(value.shape)}; expected [batch, sequence, …]: pass {key}[None].")
+        return value.shape[0], value.shape[1]
     return None, None
+
+
+def check_are_tensors(**values: Any) -> None:
+    """Raise `TypeError` for a value that a tokenizer gives as a tensor and that is text, a list or a whole batch."""
+    for key, value in values.items():
+        if isinstance(value, (str, list, tuple)):
+            raise TypeError(f'{key} must be a tensor, not {value!r:.60}; tokenizer(…, return_tensors="pt") gives one.')
+        if isinstance(value, Mapping) and key != "attention_mask":  # of which transformers knows one per kind of layer
+            raise TypeError(f"{key} must be a tensor, not a {type(value).__name__}; unpack a batch: model(**batch).")
 
 
 def has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

@@ -5,30 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+import shlex
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from .benchmark.command import bench
-from .report.terminal import (
-    colour_by_expert,
-    gradient_table,
-    parameter_table,
-    plan_tables,
-    results_tables,
-    routing_table,
-)
+from .failures import Verbose, one_message
 from .version import __version__
+
+if TYPE_CHECKING:  # whatever needs torch is imported by the command that uses it: help and completion answer at once
+    from .session import Answer, Session
 
 app = typer.Typer(
     help="Many LoRA experts in one model, routed token by token.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -50,6 +45,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     pass
 
@@ -70,6 +66,7 @@ def train(
     jobs: Annotated[int, typer.Option(min=1, help="Train so many experts at the same time (method: staged).")] = 1,
     report: Annotated[bool, typer.Option(help="Write report.html and the figures beside the checkpoint.")] = True,
     stage: Annotated[str | None, typer.Option(help="Train only this stage of a run that was begun, and stop.")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Train a mixture, measure it on held-out examples, save it.
 
@@ -81,8 +78,6 @@ def train(
     """
     from .training.recipe.methods import METHODS
     from .training.recipe.recipe import load_recipe
-    from .training.run import launch
-    from .training.run.job import Job
 
     overrides = [*(overrides or []), *([] if output is None else [f"output={json.dumps(output)}"])]
     if baseline:
@@ -94,6 +89,10 @@ def train(
             f"--jobs {jobs} trains the experts of `method: staged` side by side, each in one process; leave it out "
             "with another method, with --num-processes and with --stage."
         )
+    from .report.terminal import results_tables
+    from .training.run import launch
+    from .training.run.job import Job
+
     main_process = os.environ.get("RANK", "0") == "0"
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         launch.processes(launch.arguments(recipe, overrides, resume, report, stage), num_processes)
@@ -119,9 +118,15 @@ def train(
     )
     console.print(f"Total time: {sum(results.seconds.values()):.0f} s; numbers in {results.output}/results.json")
     console.print("Next:", highlight=False)
-    example = next(iter(job.examples_to_try()), "…")
-    console.print(f"  dylora-moe generate {results.output} {example!r} --show-routing", highlight=False, soft_wrap=True)
-    console.print(f"  dylora-moe inspect {results.output}", highlight=False, soft_wrap=True)
+    for words in (["generate", "--show-routing", "--", results.output, job.prompt_to_try], ["inspect", results.output]):
+        console.print(f"  {_command(*words)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _command(*words: str) -> str:
+    """A command line of ours that a shell reads as these words; `--` stands only where it is needed."""
+    if "--" in words and not any(word.startswith("-") for word in words[words.index("--") + 1 :]):
+        words = tuple(word for word in words if word != "--")
+    return shlex.join(["dylora-moe", *words])
 
 
 def _write_report(folder: Path) -> None:
@@ -130,7 +135,9 @@ def _write_report(folder: Path) -> None:
     try:
         console.print(f"Report: [bold]{write_report(folder)}[/]", highlight=False, soft_wrap=True)
     except ImportError as error:  # the training is done; figures can be had later
-        console.print(f"No report: {error} Then: dylora-moe report {folder}", highlight=False, soft_wrap=True)
+        console.print(
+            f"No report: {error} Then: {_command('report', str(folder))}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -142,8 +149,13 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Experts kept per token; default the checkpoint's.")] = None,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
-    show_routing: Annotated[bool, typer.Option(help="Show which expert handled which token.")] = False,
+    fold: Annotated[
+        bool, typer.Option(help="Fold the mixture into the base: faster, with --expert or sequence granularity.")
+    ] = False,
+    show_routing: Annotated[bool, typer.Option(help="Show which expert predicted which token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its routing as JSON.")] = False,
     base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Answer a prompt.
 
@@ -157,11 +169,38 @@ def generate(
     if top_k is not None:
         session.set_top_k(top_k)
     torch.manual_seed(seed)
-    answer = session.answer(prompt, experts=expert, max_new_tokens=max_new_tokens, temperature=temperature)
+    if not (show_routing or as_json):
+        text = session.complete(prompt, expert, max_new_tokens, temperature, fold)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    answer = session.answer(prompt, expert, max_new_tokens, temperature, fold)
+    if as_json:
+        typer.echo(json.dumps(_as_json(session, answer), ensure_ascii=False))
+        return
     console.print(answer.text, markup=False, highlight=False, soft_wrap=True)
-    if show_routing:
-        console.print(colour_by_expert(answer.tokens, answer.weights, session.model.expert_names))
-        console.print(routing_table(answer.trace))
+    _show_routing(session, answer)
+
+
+def _show_routing(session: Session, answer: Answer) -> None:
+    from .report.terminal import colour_by_expert, routing_table, token_table
+
+    coloured = console.color_system is not None and not console.no_color
+    show = colour_by_expert if coloured else token_table
+    console.print(show(answer.tokens, answer.weights, session.model.expert_names))
+    console.print(routing_table(answer.trace))
+
+
+def _as_json(session: Session, answer: Answer) -> dict:
+    """The answer as plain values; the weights of a token that nothing predicted are null."""
+    names = session.model.expert_names
+    rows = [None if row[0] != row[0] else dict(zip(names, row, strict=True)) for row in answer.weights.tolist()]
+    return {
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_length,
+        "tokens": [{"text": t, "weights": row} for t, row in zip(answer.tokens, rows, strict=True)],
+        "load": answer.trace.load(),
+        "entropy": answer.trace.entropy(),
+    }
 
 
 @app.command()
@@ -169,25 +208,27 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     text: Annotated[str, typer.Option(help="The text to route.")] = "The capital of France is Paris.",
     base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Show the parameters, the routing of a text, and where its gradients go.
 
     Example: [bold]dylora-moe inspect runs/skills --text "Which films were made in 1999?"[/]
     """
+    from .report.terminal import gradient_table, parameter_table
     from .reports import gradient_report
     from .session import Session
 
     session = Session(directory, base=base)
     console.print(parameter_table(session.model.parameter_report()))
-    answer = session.route(text)
-    console.print(colour_by_expert(answer.tokens, answer.weights, session.model.expert_names))
-    console.print(routing_table(answer.trace))
+    _show_routing(session, session.route(text))
     session.backward(text)
     console.print(gradient_table(gradient_report(session.model)))
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="The output folder of a run.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="The output folder of a run.")], verbose: Verbose = False
+) -> None:
     """Write the report of a run again, from the files it left: report.html and figures/*.png.
 
     Example: [bold]dylora-moe report runs/skills[/]
@@ -198,7 +239,9 @@ def report(directory: Annotated[Path, typer.Argument(help="The output folder of 
 
 
 @recipes.command("check")
-def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None) -> None:
+def recipe_check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None, verbose: Verbose = False
+) -> None:
     """Validate a recipe and its data; print it with the defaults of its own keys, and what it would train.
 
     Fields of SFTConfig (in train) and of MoELoraConfig (in mixture) that the recipe leaves out keep the defaults of
@@ -211,9 +254,11 @@ def recipe_check(recipe: Annotated[Path, typer.Argument(help="A recipe.")], over
     import yaml
 
     from .training.recipe.recipe import load_recipe
-    from .training.run.plan import plan
 
     loaded = load_recipe(recipe, overrides or [])
+    from .report.terminal import plan_tables
+    from .training.run.plan import plan
+
     tables = plan_tables(plan(loaded))
     text = yaml.safe_dump(loaded.to_dict(), sort_keys=False, allow_unicode=True)
     typer.echo(text, nl=False)  # to the byte; a console would wrap it, and expand tabs
@@ -227,19 +272,8 @@ def main() -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     _quiet_libraries()
-    from .training.trainer.checkpoints import Interrupted
-
-    try:
+    with one_message(errors):
         app()
-    except Interrupted as stopped:
-        errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(stopped.exit_code)
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
-        errors.print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
 
 
 def _quiet_libraries() -> None:
@@ -249,6 +283,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from .arguments import check_experts, check_weights, exits_early, input_shape
-from .base.loading import check_bare, load_base, strip_adapters
+from .arguments import check_are_tensors, check_experts, check_weights, exits_early, input_shape
+from .base.loading import accept_in_pipelines, check_bare, load_base, strip_adapters, without_notes_for_peft
 from .base.placement import Placement
 from .callers import (
     REFERENCE,
@@ -103,6 +103,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         placement: where the decoder layers of the base are.
         router_layer_index: k; L for `"last"`.
         base_name: what the base is called in checkpoints, or None.
+        chat: whether prompts go through the base's chat template, as its training did; None if nobody said. It is for
+            those who make prompts, and saved with the mixture.
     """
 
     base_model: Any  # a peft.LoraModel
@@ -117,6 +119,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         autocast_adapter_dtype: bool = True,
     ):
         """Inject `experts` (name → stock configuration, taken as it is), or new ones after `config` and `fresh`."""
+        _check_config(config)
         config = copy.deepcopy(config)  # it changes with the experts; the caller's does not
         config.validate()
         check_bare(base)
@@ -135,7 +138,8 @@ class DyLoraMoE(PeftModelForCausalLM):
             check_mixable(expert, name)
         trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
         try:
-            super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
+            with without_notes_for_peft():
+                super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
                 super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
             self.moe_config, self.placement, self.router_layer_index = config, placement, first
@@ -148,7 +152,9 @@ class DyLoraMoE(PeftModelForCausalLM):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+        accept_in_pipelines(type(self))
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
+        self.chat: bool | None = None
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,
@@ -181,8 +187,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: a setting that does not fit the base; the message names it.
         """
-        model, name = load_base(base, base_kwargs)
         config = config or MoELoraConfig(target_modules="all-linear")
+        _check_config(config)
+        for expert, own in _mapping("expert_configs", expert_configs or {}, "a LoraConfig").items():
+            if not isinstance(own, LoraConfig):
+                raise TypeError(f"expert_configs[{expert!r}] must be a LoraConfig, not {own!r:.60}.")
+        model, name = load_base(base, base_kwargs)
         return cls(model, config, base_name=name, fresh=expert_configs)
 
     @classmethod
@@ -208,9 +218,13 @@ class DyLoraMoE(PeftModelForCausalLM):
             base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
+            TypeError: `adapters` is no mapping.
             CheckpointError: an adapter that is missing, damaged or made for another architecture. The base is left as
                 it was.
         """
+        adapters = _mapping("adapters", adapters, "the folder or hub id of an adapter")
+        if config is not None:
+            _check_config(config)
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
         model, name = load_base(base, base_kwargs)
@@ -259,6 +273,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
+        mixture.chat = known.chat
         mixture._take_over(state, trainable)
         return mixture.eval()
 
@@ -464,7 +479,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: unknown experts, weights of the wrong shape or not finite, or both arguments at once.
         """
+        check_are_tensors(attention_mask=attention_mask, labels=labels)
         batch, length = input_shape((), {"input_ids": input_ids, "inputs_embeds": inputs_embeds})
+        if batch is None:
+            raise ValueError("a pass needs input_ids [batch, sequence] or inputs_embeds; none was given.")
         call = self._call(experts, routing_weights, batch, length, kwargs)
         call.attention_mask, call.labels = attention_mask, labels
         with self.hooks.calling(call):
@@ -758,7 +776,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             router = {key: gathered[f"router.{key}"] for key in router}
         revision = getattr(self.config, "_commit_hash", None)
         states, frozen = dict(self.expert_states), self.frozen_experts
-        known = Description(self.moe_config, states, frozen, self.base_name, revision)
+        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.chat)
         return MixtureState(known, adapters, router)
 
     def gathered(self) -> dict[str, Tensor]:
@@ -782,6 +800,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         results: Mapping[str, Any] | None = None,
+        metric: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the mixture as a checkpoint folder, atomically: a crash leaves an older one whole.
@@ -792,6 +811,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             is_main_process: False writes nothing.
             push_to_hub: upload it afterwards, to `repo_id` (default: the folder's name).
             results: measured values for the model card: column → {row → share between 0 and 1, or loss}.
+            metric: a sentence for the card: what the results are, and whether higher or lower is better.
             kwargs: `token`, `private`, `commit_message`, … of the upload.
         """
         if not kwargs.pop("safe_serialization", True):
@@ -808,7 +828,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         if state_dict is not None:
             check_gathered(state_dict, self._trained_tensors())
         state, directory = self.state(state_dict), Path(save_directory)
-        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
+        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results, metric)
         write_mixture(state, directory, card, for_trainer=is_trainer_checkpoint(directory))
         if push_to_hub:
             upload(directory, repo_id or directory.name, **hub)
@@ -828,6 +848,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: an unknown expert, a weight that is not finite, or a DoRA expert (its output is not linear).
         """
+        weights = _mapping("weights", weights, "a number")
         configs = {name: self.lora_config(name) for name in self.expert_names}
         write_adapter(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
 
@@ -982,3 +1003,18 @@ class DyLoraMoE(PeftModelForCausalLM):
             "a routed mixture has no single merged weight; write a fixed mixture as one LoRA with export_mixture and "
             "merge that, or call unload() for the bare base."
         )
+
+
+def _mapping(argument: str, value: Any, what: str) -> Mapping[str, Any]:
+    """`value` if it is a mapping, or a `TypeError` that says what it should map."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{argument} must map the name of an expert to {what}, not be {value!r:.60}: "
+            f'{argument}={{"sql": …, "math": …}}.'
+        )
+    return value
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, MoELoraConfig):
+        raise TypeError(f"config must be a MoELoraConfig(…), not {config!r:.60}.")

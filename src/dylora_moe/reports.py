@@ -46,7 +46,13 @@ class GradientStats:
 
 
 def gradient_report(model: HasParameterGroups) -> dict[str, GradientStats]:
-    """Gradient statistics per expert (by name), of the `router`, and of everything `frozen` (the base)."""
+    """Gradient statistics per expert (by name), of the `router`, and of everything `frozen` (the base).
+
+    Raises:
+        TypeError: not a mixture.
+    """
+    if not hasattr(model, "parameter_groups"):
+        raise TypeError(f"gradient_report needs a DyLoraMoE, not {type(model).__name__}.")
     return {name: GradientStats.of(parameters) for name, parameters in model.parameter_groups().items()}
 
 

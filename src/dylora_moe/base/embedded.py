@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 EMBEDDED = "embedded"
 MODEL = "SmolLM2-135M-Instruct"
+HUB_ID = f"HuggingFaceTB/{MODEL}"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 logger = logging.getLogger(__name__)

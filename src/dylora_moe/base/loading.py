@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,23 @@ def load_base(
             f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
         )
     return base, None
+
+
+@contextmanager
+def without_notes_for_peft() -> Iterator[None]:
+    """Within the block PEFT may read an attribute of the base that transformers has renamed, without its note."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def accept_in_pipelines(model: type) -> None:
+    """Count a class among those that `transformers.pipeline` knows to generate text; it looks them up by name."""
+    from transformers.pipelines import base
+
+    names = getattr(base, "SUPPORTED_PEFT_TASKS", {}).get("text-generation", [])  # without it pipelines only complain
+    if model.__name__ not in names:
+        names.append(model.__name__)
 
 
 def check_bare(base: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dylora_moe.failures import Verbose
+
 
 def _list(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text is not None else None
@@ -59,6 +61,7 @@ def bench(
     output: Annotated[Path, typer.Option(help="Results go to OUTPUT/<date>-<machine>.")] = Path("benchmarks/results"),
     page: Annotated[Path | None, typer.Option(help="Only write the page of this results folder again.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List plans and variants, and stop.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure a mixture beside its base and its peers.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from dylora_moe.base.embedded import EMBEDDED, HUB_ID
 from dylora_moe.reports import ParameterReport
 
 from .mixture import MixtureState
 
+_PLAIN = r"[A-Za-z][\w./-]*"  # what YAML reads as text without quotes
 _TEMPLATE = """---
 library_name: dylora-moe
 {base_line}tags:
@@ -49,7 +54,8 @@ def model_card(
     parameters: ParameterReport,
     router_layer: int | str,
     passes_per_step: float,
-    results: Mapping[str, Any] | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    metric: str | None = None,
 ) -> str:
     """Markdown for the folder's README.md.
 
@@ -59,7 +65,13 @@ def model_card(
         router_layer: the layer whose input the router reads.
         passes_per_step: passes of the base per routed step.
         results: measured values to show: column → {row → share between 0 and 1, or loss}.
+        metric: a sentence that says what they are, and whether higher or lower is better.
+
+    Raises:
+        TypeError: `results` has another form.
     """
+    if results is not None:
+        _check_results(results)
     config, names = state.description.config, list(state.experts)
     rows = [f"| {r['part']} | {r['parameters']:,} | {r['percent of base']:.2f} |" for r in parameters.table()]
     experts = []
@@ -67,11 +79,11 @@ def model_card(
         lora = state.experts[name].config
         frozen = ", frozen" if name in state.description.frozen else ""
         experts.append(f"| {name} | {lora.r} | {lora.lora_alpha} | {expert_state}{frozen} |")
-    base = state.description.base_name or "an unnamed base"
+    base = public_name(state.description.base_name or "")
     return _TEMPLATE.format(
         count=len(names),
-        base=base,
-        base_line=f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith(("/", ".")) else "",
+        base=base or "an unnamed base",
+        base_line=f"base_model: {base if re.fullmatch(_PLAIN, base) else json.dumps(base)}\n" if base else "",
         router_layer=router_layer,
         passes=passes_per_step,
         rows="\n".join(rows),
@@ -80,15 +92,37 @@ def model_card(
         top_k=config.top_k or min(2, len(names) + config.route_to_base),
         temperature=config.temperature,
         router_type=config.router_type,
-        results=_results_table(results) if results else "",
+        results=_results_table(results, metric) if results else "",
         first=names[0],
     )
 
 
-def _results_table(results: Mapping[str, Any]) -> str:
+def public_name(base: str) -> str:
+    """What a base is called elsewhere: its hub id, also where it lies in the hub's cache; of a folder the last part."""
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)", base)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    if base == EMBEDDED:
+        return HUB_ID
+    if "\\" in base:
+        return PureWindowsPath(base).name
+    return PurePosixPath(base).name if base.startswith(("/", ".", "~")) or base.count("/") > 1 else base
+
+
+def _check_results(results: Any) -> None:
+    if not isinstance(results, Mapping) or not all(isinstance(column, Mapping) for column in results.values()):
+        raise TypeError(f"results={results!r:.60}: map columns to rows to values, as {{'mixture': {{'sql': 0.9}}}}.")
+
+
+def _results_table(results: Mapping[str, Mapping[str, Any]], metric: str | None) -> str:
     columns = list(results)
     names = list(dict.fromkeys(name for column in results.values() for name in column))
-    lines = ["", "| held out | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines = [
+        "",
+        *([metric, ""] if metric else []),
+        "| held out | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
     for name in names:
         values = (results[column].get(name) for column in columns)
         lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in values) + " |")

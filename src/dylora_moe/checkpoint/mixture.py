@@ -46,6 +46,7 @@ class Description(NamedTuple):
         states: expert → `"routed"` or `"new"`, in order.
         frozen: experts that do not train.
         base_name, base_revision: of the base, if they were known.
+        chat: whether prompts go through the base's chat template; None if nobody said.
     """
 
     config: MoELoraConfig
@@ -53,6 +54,7 @@ class Description(NamedTuple):
     frozen: set[str]
     base_name: str | None
     base_revision: str | None
+    chat: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _fields(description: Description) -> dict[str, Any]:
             for name, state in description.states.items()
         ],
         "config": kept,
+        **({} if description.chat is None else {"chat": description.chat}),
     }
 
 
@@ -188,4 +191,7 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
         raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
     frozen = {name for name, entry in experts.items() if entry.get("frozen")}
     base, revision = fields.get("base_model_name_or_path"), fields.get("base_revision")
-    return Description(config, states, frozen, str(base) if base else None, revision or None)
+    chat = fields.get("chat")
+    if chat is not None and not isinstance(chat, bool):
+        raise CheckpointError(f"{file}: chat is {chat!r}; expected true or false.")
+    return Description(config, states, frozen, str(base) if base else None, revision or None, chat)

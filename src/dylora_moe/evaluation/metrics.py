@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # the table is read by recipes, which are checked without torch
+    from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.data.examples import Example
+    from dylora_moe.data.examples import Example
 
-from .held_out import Progress, answers, completion_loss, exact_match
+    from .held_out import Progress
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Metric:
         """Whether its values lie between 0 and 1."""
         return self.unit == "%"
 
+    @property
+    def sentence(self) -> str:
+        """What it is and which way is better."""
+        return f"{self.meaning}; {'higher' if self.higher_is_better else 'lower'} is better."
+
 
 def measure_exact_match(
     model: Any,
@@ -83,6 +89,8 @@ def measure_exact_match(
     **force: Any,
 ) -> dict[str, float]:
     """Share of greedy answers that equal the completion, per domain."""
+    from .held_out import answers, exact_match
+
     texts = answers(
         model,
         tokenizer,
@@ -105,6 +113,8 @@ def measure_loss(
     **force: Any,
 ) -> dict[str, float]:
     """Mean cross-entropy per completion token, per domain."""
+    from .held_out import completion_loss
+
     return completion_loss(
         model,
         tokenizer,

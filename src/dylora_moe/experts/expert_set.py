@@ -73,7 +73,14 @@ class ExpertSet:
         return [tensor for layer in self.layers for tensor in layer_tensors(layer, layer.routing_name, name)]
 
     def load(self, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
-        """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype."""
+        """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype.
+
+        Raises:
+            ValueError: a tensor is missing; the expert is left as it was.
+        """
+        missing = [key for key, _, _ in self.tensors(name) if key not in tensors]
+        if missing:
+            raise ValueError(f"expert {name!r}: {len(missing)} of its tensors are not given, first {missing[0]}.")
         for key, _, parameter in self.tensors(name):
             value = shard_like(tensors[key], parameter)
             with torch.no_grad():

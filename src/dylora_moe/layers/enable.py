@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from dylora_moe.arguments import check_weights, input_shape
+from dylora_moe.base.loading import accept_in_pipelines
 
 from .in_force import Generation, Holder, InForce
 from .recompute import keep_routing_in_checkpoints
@@ -97,4 +98,5 @@ def enable_routing(peft_model: PeftModel) -> PeftModel:
     route_layers(peft_model.base_model, holder)
     peft_model.holder = holder  # type: ignore[assignment]
     peft_model.__class__ = _routed_peft_class(type(peft_model))
+    accept_in_pipelines(type(peft_model))
     return peft_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from dylora_moe.arguments import BASE
 from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.reports import GradientStats, ParameterReport
 from dylora_moe.routing.trace import RoutingTrace
@@ -30,7 +32,7 @@ def colour_by_expert(tokens: Sequence[str], weights: Tensor, names: Sequence[str
 
     Args:
         tokens: S pieces of text.
-        weights: `[S, E]`.
+        weights: `[S, E]`; NaN for a token that nothing predicted.
         names: the experts, for the legend.
     """
     text = Text()
@@ -39,11 +41,27 @@ def colour_by_expert(tokens: Sequence[str], weights: Tensor, names: Sequence[str
     text.append("\n")
     for token, row in zip(tokens, weights, strict=False):
         share, best = row.max(-1)
-        if float(share) == 0.0:
+        if not float(share) > 0.0:
             text.append(token)
         else:
             text.append(token, style=colour_of(int(best)) + ("" if float(share) >= 0.5 else " dim"))
     return text
+
+
+def token_table(tokens: Sequence[str], weights: Tensor, names: Sequence[str]) -> Table:
+    """A line per token with the weights above a hundredth of the pass that predicted it: what needs no colours.
+
+    Args: as `colour_by_expert`.
+    """
+    table = Table(box=None, pad_edge=False)
+    table.add_column("token", no_wrap=True)
+    table.add_column("predicted with", no_wrap=True)
+    for token, row in zip(tokens, weights.tolist(), strict=True):
+        shares = sorted(((share, name) for share, name in zip(row, names, strict=True) if share >= 0.01), reverse=True)
+        words = ", ".join(f"{name} {share:.2f}" for share, name in shares)
+        nothing = "-" if any(map(math.isnan, row)) else BASE
+        table.add_row(Text(repr(token)), Text(words or nothing))
+    return table
 
 
 def parameter_table(report: ParameterReport) -> Table:

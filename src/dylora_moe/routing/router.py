@@ -63,6 +63,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, num_outputs: int, router_type: str = "mlp", router_hidden_size: int = 64):
         super().__init__()
+        if router_type not in ROUTERS:
+            raise ValueError(f"router_type={router_type!r}: choose one of {', '.join(ROUTERS)}.")
         self.router_type = router_type
         self.sizes = hidden_size, router_hidden_size
         for name, values in ROUTERS[router_type].parameters(hidden_size, num_outputs, router_hidden_size).items():

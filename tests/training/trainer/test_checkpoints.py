@@ -17,10 +17,10 @@ from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
 from dylora_moe.training.trainer.checkpoints import (
     COMPLETE_FILE,
     EXEMPT_FROM_RESUME,
-    Interrupted,
     RestoreAverages,
     last_complete,
 )
+from dylora_moe.training.trainer.interrupted import Interrupted
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 

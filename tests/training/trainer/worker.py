@@ -19,8 +19,9 @@ from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.sharding import is_sharded, whole
-from dylora_moe.training.trainer.checkpoints import Interrupted, last_complete
+from dylora_moe.training.trainer.checkpoints import last_complete
 from dylora_moe.training.trainer.distributed import leave_rank
+from dylora_moe.training.trainer.interrupted import Interrupted
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 

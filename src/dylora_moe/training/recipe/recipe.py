@@ -26,6 +26,7 @@ from .bounds import check_arguments
 from .combinations import check_combinations
 from .sections import BaseRecipe, ExpertRecipe, Recipe, TrainRecipe
 
+_OWN_TRAIN_KEYS = {f.name for f in dataclasses.fields(TrainRecipe)} - {"arguments"}
 # Settings of the libraries that a recipe decides elsewhere, and where.
 _MIXTURE_ELSEWHERE = {
     "num_experts": "it follows from `experts`",
@@ -106,11 +107,13 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
     if "train" in data:
         data["train"] = _gather_arguments(check_mapping(data["train"], "train"))
     recipe = build(Recipe, data)
-    _check_mixture(recipe)
     experts = {name: _find_data(name, expert, Path(folder)) for name, expert in recipe.experts.items()}
     start = recipe.start and _found_folder(recipe.start, Path(folder))
     base = _found_base(recipe.base, Path(folder))
     recipe = dataclasses.replace(recipe, experts=experts, start=start, base=base)
+    # what the libraries know comes last, because loading them takes seconds
+    _check_trainer_fields(recipe.train.arguments)
+    _check_mixture(recipe)
     check_arguments(recipe.train.arguments)
     check_combinations(recipe)
     return recipe
@@ -118,16 +121,18 @@ def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
 
 def _gather_arguments(train: dict[str, Any]) -> dict[str, Any]:
     """`train` with the fields of SFTConfig moved under `arguments`."""
-    own = {f.name for f in dataclasses.fields(TrainRecipe)} - {"arguments"}
-    others = {key: value for key, value in train.items() if key not in own}
-    if not others:
-        return train
+    others = {key: value for key, value in train.items() if key not in _OWN_TRAIN_KEYS}
+    return {**{key: value for key, value in train.items() if key in _OWN_TRAIN_KEYS}, "arguments": others}
+
+
+def _check_trainer_fields(arguments: Mapping[str, Any]) -> None:
+    if not arguments:
+        return
     try:
         from trl import SFTConfig
     except ImportError as error:
         raise RecipeError("train: TRL is missing; pip install 'dylora-moe[train]'.") from error
-    _check_library_fields(others, SFTConfig, "train", _TRAIN_ELSEWHERE, own=own)
-    return {**{key: value for key, value in train.items() if key in own}, "arguments": others}
+    _check_library_fields(arguments, SFTConfig, "train", _TRAIN_ELSEWHERE, own=_OWN_TRAIN_KEYS)
 
 
 def _check_mixture(recipe: Recipe) -> None:

@@ -7,15 +7,17 @@ import math
 import os
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dylora_moe.config import MoELoraConfig
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Mixing, TooLong
 from dylora_moe.data.section import DataRecipe
 from dylora_moe.evaluation.metrics import DEFAULT_METRIC, METRICS
 from dylora_moe.schema import RecipeError, at_least, choice, nearest
 
 from .methods import METHODS, Roster, Stage, Way
+
+if TYPE_CHECKING:
+    from dylora_moe.config import MoELoraConfig
 
 SECRETS = ("hub_token", "push_to_hub_token")
 """Fields of `SFTConfig` that are never written or shown."""
@@ -274,6 +276,8 @@ class Recipe:
         Raises:
             RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
         """
+        from dylora_moe.config import MoELoraConfig
+
         try:
             return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
         except (ValueError, TypeError) as error:

@@ -95,7 +95,7 @@ def build_mixture(recipe: Recipe, base: PreTrainedModel) -> DyLoraMoE:
             mixture.freeze_expert(name)
         else:
             mixture.unfreeze_expert(name)
-    mixture.base_name = base_name(recipe)
+    mixture.base_name, mixture.chat = base_name(recipe), recipe.base.chat
     return mixture
 
 

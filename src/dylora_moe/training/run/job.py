@@ -126,9 +126,11 @@ class Job:
                     raise CheckpointError(f"{self.folder.path} cannot be written: {error}.") from error
             yield
 
-    def examples_to_try(self) -> list[str]:
-        """A held-out prompt of each domain."""
-        return [examples[0].question for examples in by_domain(self.test).values()]
+    @property
+    def prompt_to_try(self) -> str:
+        """A prompt to begin with: the shortest of each domain's first, held-out ones rather than trained ones."""
+        domains = by_domain(self.test) or self.train
+        return min((examples[0].question for examples in domains.values()), key=len)
 
     # ------------------------------------------------------------------ data
 
@@ -333,7 +335,8 @@ class Job:
             routing = measurement.routing(mixture)
             results.load = {domain: row.pop("load") for domain, row in routing.items()}
             results.routing = routing
-            mixture.save_pretrained(self.folder.path, results=results.columns)
+            metric = METRICS[results.metric].sentence
+            mixture.save_pretrained(self.folder.path, results=results.columns, metric=metric)
             self.tokenizer.save_pretrained(self.folder.path)
             again = DyLoraMoE.from_pretrained(str(self.folder.path), dtype=getattr(torch, self.recipe.base.dtype))
             results.reloaded_identical = measurement.same_answers(mixture, again)

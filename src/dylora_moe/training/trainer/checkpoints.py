@@ -147,18 +147,6 @@ def _early_stopping(trainer: SFTTrainer) -> list[EarlyStoppingCallback]:
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
 
-class Interrupted(Exception):
-    """A signal ended the training after its current step, and a checkpoint was saved.
-
-    Attributes:
-        exit_code: 128 + the signal's number, as shells report it.
-    """
-
-    def __init__(self, number: int, output: str):
-        self.exit_code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name}; continue with --resume (checkpoints in {output}).")
-
-
 class StopOnSignal(TrainerCallback):
     """SIGTERM and SIGINT finish the optimizer step, save and stop; another one a second later acts at once.
 

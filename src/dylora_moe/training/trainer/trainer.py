@@ -25,7 +25,6 @@ from dylora_moe.training.recipe.sections import TwoPhase
 from .callbacks import Speed, StarvedExperts
 from .checkpoints import (
     COMPLETE_FILE,
-    Interrupted,
     RestoreAverages,
     StopOnSignal,
     ended,
@@ -47,6 +46,7 @@ from .distributed import (
     shard_router,
     times_processes,
 )
+from .interrupted import Interrupted
 from .router_losses import RouterLosses
 from .schedule import two_phase_scheduler
 from .token_means import TokenMeans
