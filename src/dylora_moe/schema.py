@@ -62,7 +62,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise RecipeError(f"{source}: nested too deeply to be read.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that cannot be one is a ValueError
         raise RecipeError(f"{source}: not valid YAML: {error}") from error
 
 

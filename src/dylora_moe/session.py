@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .base.embedded import resolve_base
+from .data.examples import Example, encode_prompt
 from .model import DyLoraMoE
 from .routing.trace import RoutingTrace
+from .schema import RecipeError, check_mapping, parse_yaml
 
 
 class Answer(NamedTuple):
@@ -89,13 +91,10 @@ class Session:
         self.model(**inputs, labels=inputs["input_ids"]).loss.backward()
 
     def _encode(self, text: str) -> dict[str, Tensor]:
-        if self.chat:
-            messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if not text:
             raise ValueError("the prompt is empty; there is nothing to route.")
-        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.chat)
-        return {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        ids = torch.tensor([encode_prompt(Example(text, ""), self.tokenizer, self.chat)], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _result(self, text: str, ids: Tensor, trace: RoutingTrace) -> Answer:
         weights = trace.weights[0]
@@ -108,7 +107,8 @@ def _wants_chat(directory: Path) -> bool:
     file = directory / "recipe.yaml"
     if not file.is_file():
         return False
-    import yaml
-
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return bool((recipe.get("base") or {}).get("chat"))
+    try:
+        recipe = check_mapping(parse_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} cannot be read: {error}") from error
+    return bool(check_mapping(recipe.get("base"), f"{file}: base").get("chat"))

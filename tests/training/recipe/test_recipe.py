@@ -175,8 +175,8 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         (data(path="a/b", train="d.jsonl"), r"train='d\.jsonl' beside path='a/b'; choose its part with `split`"),
         (data(path="a/b", test=5), r"test=5 beside path='a/b'; choose its part with `test_split`"),
         (
-            data(train="d.tsv"),
-            r"train='d\.tsv': unknown kind of file; expected \.jsonl, \.jsonl\.gz, .*\.parquet, \.csv",
+            data(train="d.txt"),
+            r"train='d\.txt': unknown kind of file; expected \.jsonl, \.jsonl\.gz, .*\.parquet, \.csv",
         ),
         (
             data(path="a/b", columns={"promt": "q"}),

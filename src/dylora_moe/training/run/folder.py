@@ -27,7 +27,7 @@ from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.checkpoint.files import CheckpointError, read_json, write_file
 from dylora_moe.checkpoint.mixture import CARD_FILE, CONFIG_FILE, ROUTER_FILE
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.schema import RecipeError
+from dylora_moe.schema import RecipeError, parse_yaml
 from dylora_moe.training.recipe.methods import Stage
 from dylora_moe.training.recipe.sections import SECRETS, Recipe
 from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
@@ -143,13 +143,13 @@ class RunFolder:
         remedy = "Without it the run cannot be resumed; put it back, or start afresh with another --output."
         file = self.path / RECIPE_FILE
         try:
-            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            recipe = parse_yaml(file.read_text(encoding="utf-8"), str(file))
             environment = read_json(self.path / ENVIRONMENT_FILE)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} holds no run to resume ({error.filename} is missing).") from error
         except CheckpointError as error:
             raise CheckpointError(f"{error} {remedy}") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error} {remedy}") from error
         if not isinstance(recipe, dict):
             raise CheckpointError(f"{file} is empty or damaged. {remedy}")
@@ -167,7 +167,10 @@ class RunFolder:
                 f"{self.path} was begun with another recipe, so it cannot be resumed: {'; '.join(changed)}. Go back to "
                 "these values, or start afresh with another --output."
             )
-        for name, before in (environment.get("data") or {}).items():
+        begun_with = environment.get("data") or {}
+        if not isinstance(begun_with, dict):
+            raise CheckpointError(f"{self.path / ENVIRONMENT_FILE}: 'data' holds {begun_with!r}; expected a mapping.")
+        for name, before in begun_with.items():
             if data.get(name) != before:
                 raise RecipeError(
                     f"{self.path} was begun with other data for {name!r} ({before}; now {data.get(name)}), so it "
@@ -223,10 +226,14 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
 def _read_history(file: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is damaged: {error}. Write [] into it to go on without what that stage logged."
         ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(
+            f"{file} is damaged: it holds no list of rows. Write [] into it to go on without what that stage logged."
+        )
     return rows
 
 
