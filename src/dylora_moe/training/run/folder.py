@@ -21,17 +21,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.checkpoint.files import CheckpointError, read_json, write_file
 from dylora_moe.checkpoint.mixture import CARD_FILE, CONFIG_FILE, ROUTER_FILE
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError, parse_yaml
 from dylora_moe.training.recipe.methods import Stage
+from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.recipe.sections import SECRETS, Recipe
 from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete, restore
 
+from .arguments import recipe_text, resolved
 from .lock import FolderLock
 
 RECIPE_FILE = "recipe.yaml"
@@ -58,12 +58,13 @@ class RunFolder:
         self.path = Path(recipe.output)
         self.lock = FolderLock(self.path)
 
-    def check(self, resume: bool, data: Mapping[str, str]) -> None:
+    def check(self, resume: bool, data: Mapping[str, str], context: int) -> None:
         """Whether the run can begin, or with `resume` be gone on with.
 
         Args:
             resume: the run was begun before.
             data: domain → fingerprint of its training examples.
+            context: the longest sequence the base was made for, in tokens.
 
         Raises:
             ValueError: the folder is a file, or holds unfinished work and `resume` is not asked for.
@@ -73,7 +74,7 @@ class RunFolder:
         if self.path.is_file():
             raise ValueError(f"output: {self.path} is a file; give a folder.")
         if resume:
-            self._check_same(data)
+            self._check_same(data, context)
             return
         begun = [folder for folder in self._stage_folders() if last_complete(folder) or is_finished(folder)]
         if begun and not self.is_finished:
@@ -82,7 +83,7 @@ class RunFolder:
                 "--output, or remove the folder."
             )
 
-    def start(self, data: Mapping[str, str]) -> bool:
+    def start(self, data: Mapping[str, str], context: int) -> bool:
         """Begin the run; whether a finished one was replaced.
 
         Raises:
@@ -94,8 +95,7 @@ class RunFolder:
             for name in (RESULTS_FILE, HISTORY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-            write_file(self.path / RECIPE_FILE, text)
+            write_file(self.path / RECIPE_FILE, recipe_text(self.recipe, context))
             write_file(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(data), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}. Nothing was trained.") from error
@@ -155,9 +155,16 @@ class RunFolder:
             raise CheckpointError(f"{file} is empty or damaged. {remedy}")
         return recipe, environment
 
-    def _check_same(self, data: Mapping[str, str]) -> None:
-        before, environment = self._begun_with()
-        now = self.recipe.to_dict()
+    def _check_same(self, data: Mapping[str, str], context: int) -> None:
+        saved, environment = self._begun_with()
+        try:  # a run may have been begun when fewer keys, and fewer defaults, were written
+            before = resolved(parse_recipe(saved), context)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path / RECIPE_FILE}: {error} The run cannot be resumed with it; put the file back, or start "
+                "afresh with another --output."
+            ) from error
+        now = resolved(self.recipe, context)
         for key in FREE_TO_CHANGE:
             before.pop(key, None)
             now.pop(key, None)
@@ -170,10 +177,10 @@ class RunFolder:
         begun_with = environment.get("data") or {}
         if not isinstance(begun_with, dict):
             raise CheckpointError(f"{self.path / ENVIRONMENT_FILE}: 'data' holds {begun_with!r}; expected a mapping.")
-        for name, before in begun_with.items():
-            if data.get(name) != before:
+        for name, fingerprint in begun_with.items():
+            if data.get(name) != fingerprint:
                 raise RecipeError(
-                    f"{self.path} was begun with other data for {name!r} ({before}; now {data.get(name)}), so it "
+                    f"{self.path} was begun with other data for {name!r} ({fingerprint}; now {data.get(name)}), so it "
                     "cannot be resumed. Bring the old data back, or start afresh with another --output."
                 )
         if environment.get("world_size") != self.world_size:
