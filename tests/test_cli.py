@@ -6,17 +6,22 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app, console, errors, main
 from dylora_moe.training.recipe.recipe import load_recipe
+from dylora_moe.training.run.arguments import recipe_text
+from dylora_moe.training.run.job import Job
 from tinybase import save_tiny_base
 
 runner = CliRunner()
@@ -166,6 +171,26 @@ def test_recipe_check_prints_the_defaults(recipe):
     result = runner.invoke(app, ["recipe", "check", recipe()], catch_exceptions=False)
     resolved = yaml.safe_load(result.stdout)
     assert resolved["train"]["mixing"] == "proportional"
+    assert "Base: " in result.stderr
+
+
+def test_recipe_check_hides_no_value_that_a_run_uses(recipe, tmp_path):
+    """All fields in which the trainer's arguments differ from a bare SFTConfig, but for the run's own paths."""
+    path = recipe()
+    printed = runner.invoke(app, ["recipe", "check", path], catch_exceptions=False).stdout
+    shown = yaml.safe_load(printed)["train"]
+    job = Job(load_recipe(path), Console(quiet=True))
+    job.read_data()
+    ours, bare = job.arguments(job.stages[0]), SFTConfig(output_dir=str(tmp_path), bf16=False)
+    differing = {f.name for f in fields(ours) if getattr(ours, f.name, None) != getattr(bare, f.name, None)}
+    assert {"learning_rate", "save_steps", "max_length"} <= differing
+    assert differing - {"output_dir", "logging_dir", "run_name", "use_cpu", "seed"} <= set(shown)
+    assert ("train.use_cpu: true" in printed) == ours.use_cpu
+    assert shown["learning_rate"] == ours.learning_rate
+    assert shown["bf16"] is False
+    (tmp_path / "resolved.yaml").write_text(printed)
+    again = runner.invoke(app, ["recipe", "check", str(tmp_path / "resolved.yaml")], catch_exceptions=False)
+    assert again.stdout == printed
 
 
 def test_recipe_check_prints_yaml_to_the_byte(recipe):
@@ -173,7 +198,8 @@ def test_recipe_check_prints_yaml_to_the_byte(recipe):
     changed = {"one": {"data": {"skill": "date", "train": 4, "test": 1}, "lora": {}}}
     path = recipe(experts=changed, output=text)
     result = runner.invoke(app, ["recipe", "check", path], catch_exceptions=False)
-    assert result.stdout == yaml.safe_dump(load_recipe(path).to_dict(), sort_keys=False, allow_unicode=True)
+    assert result.stdout == recipe_text(load_recipe(path), 256)
+    assert yaml.safe_load(result.stdout)["output"] == text
 
 
 @pytest.mark.parametrize("shown", [console, errors])

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.recipe.recipe import apply_overrides, parse_recipe
 from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.run.build import base_of, build_mixture
 from dylora_moe.training.run.folder import is_finished
@@ -75,8 +75,9 @@ def shrunk(content: dict[str, Any], base: str, folder: Path, skills: str = "") -
         data = expert.get("data", {})
         if "skill" in data:
             data |= {"train": 12, "test": 2}
-        elif data:
-            data |= {key: rows(folder / f"{name}-{key}.jsonl", data) for key in ("train", "test") if key in data}
+        elif "path" in data:  # a file in the place of the data set, as a user without internet gives it
+            files = [f"experts.{name}.data.{key}={rows(folder / f'{name}-{key}.jsonl')}" for key in ("train", "test")]
+            content = apply_overrides(content, files)
     content["train"] |= {key: value for key, value in SMALLER.items() if key in content["train"]}
     content["eval"] |= {"samples": 2, "max_new_tokens": 4, "baseline": False}
     return parse_recipe({**content, "output": str(folder / "run")})
@@ -89,10 +90,9 @@ def moved(path: str, skills: str) -> str:
     return skills + rest
 
 
-def rows(file: Path, data: dict[str, Any]) -> str:
-    """Twelve rows in a file, with the names that the recipe's data has for its columns."""
-    names = [data.get("columns", {}).get(field, field) for field in ("prompt", "completion")]
-    lines = [dict(zip(names, (f"{file.stem} {i}?", f"answer {i}"), strict=True)) for i in range(12)]
+def rows(file: Path) -> str:
+    """Twelve rows in a file."""
+    lines = [{"prompt": f"{file.stem} {i}?", "completion": f"answer {i}"} for i in range(12)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(file)
 

@@ -242,27 +242,25 @@ def report(
 def recipe_check(
     recipe: Annotated[Path, typer.Argument(help="A recipe.")], overrides: Overrides = None, verbose: Verbose = False
 ) -> None:
-    """Validate a recipe and its data; print it with the defaults of its own keys, and what it would train.
+    """Validate a recipe and its data; print it with its defaults, and what it would train.
 
-    Fields of SFTConfig (in train) and of MoELoraConfig (in mixture) that the recipe leaves out keep the defaults of
-    dylora-moe and of TRL, and are not listed.
+    Every key of a recipe's own is there, and every field of SFTConfig that a run uses with another value than TRL's
+    default. Further fields of SFTConfig (in train) and of MoELoraConfig (in mixture) keep their defaults.
 
     The resolved recipe goes to standard output and can be kept as a file; the plan goes to standard error.
 
     Example: [bold]dylora-moe recipe check recipes/skills.yaml > resolved.yaml[/]
     """
-    import yaml
-
     from .training.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from .report.terminal import plan_tables
     from .training.run.plan import plan
 
-    tables = plan_tables(plan(loaded))
-    text = yaml.safe_dump(loaded.to_dict(), sort_keys=False, allow_unicode=True)
-    typer.echo(text, nl=False)  # to the byte; a console would wrap it, and expand tabs
-    for table in tables:
+    planned = plan(loaded)
+    typer.echo(planned.recipe, nl=False)  # to the byte; a console would wrap it, and expand tabs
+    errors.print(f"Base: {planned.base}", markup=False, highlight=False)
+    for table in plan_tables(planned):
         errors.print(table)
 
 

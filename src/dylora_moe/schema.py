@@ -62,7 +62,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise RecipeError(f"{source}: nested too deeply to be read.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that cannot be one is a ValueError
         raise RecipeError(f"{source}: not valid YAML: {error}") from error
 
 
@@ -112,12 +114,24 @@ def check_mapping(value: Any, path: str) -> dict[str, Any]:
     return dict(value)
 
 
-def check_keys(value: Mapping[str, Any], valid: Iterable[str], path: str) -> None:
-    """Raise a `RecipeError` for the first key that is not in `valid`, naming the nearest valid one."""
-    valid = sorted(valid)
+def check_keys(
+    value: Mapping[str, Any], valid: Iterable[str], path: str, library: Iterable[str] = (), owner: str = ""
+) -> None:
+    """Raise a `RecipeError` for the first unknown key, naming the nearest one and the section's own.
+
+    Args:
+        value: the mapping.
+        valid: the section's own keys.
+        path: where the mapping stands.
+        library: further keys that are valid, too many to be listed.
+        owner: whose they are, for example `trl.SFTConfig`.
+    """
+    valid, library = sorted(valid), sorted(library)
     for key in value:
-        if key not in valid:
-            raise RecipeError(f"{join(path, key)}: unknown key.{nearest(key, valid)} Valid keys: {', '.join(valid)}.")
+        if key not in valid and key not in library:
+            own = f" Valid keys: {', '.join(valid)}" if valid else ""
+            rest = (" and the fields of " if own else " Valid keys: the fields of ") + owner if library else ""
+            raise RecipeError(f"{join(path, key)}: unknown key.{nearest(key, [*valid, *library])}{own}{rest}.")
 
 
 def check_value(value: Any, hint: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .base.embedded import resolve_base
 from .checkpoint.files import CheckpointError
+from .data.examples import Example, encode_prompt
 from .model import DyLoraMoE
 from .routing.granularity import GRANULARITIES
 from .routing.trace import RoutingTrace
@@ -119,13 +120,10 @@ class Session:
         self.model(**inputs, labels=inputs["input_ids"]).loss.backward()
 
     def _encode(self, text: str) -> dict[str, Tensor]:
-        if self.chat:
-            messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if not text:
             raise ValueError("the prompt is empty; there is nothing to route.")
-        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.chat)
-        return {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        ids = torch.tensor([encode_prompt(Example(text, ""), self.tokenizer, self.chat)], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _generate(
         self, inputs: dict[str, Tensor], experts: str | None, max_new_tokens: int, temperature: float, fold: bool

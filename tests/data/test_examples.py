@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +24,7 @@ from dylora_moe.data.examples import (
     encode_prompt,
     fit_to_length,
     mix,
+    reference,
     to_dataset,
 )
 
@@ -324,7 +325,9 @@ def test_chats_that_the_template_cannot_take_are_data_errors(tokenizer):
     ):
         encode(Example(CHAT, "w1"), strict, chat=True)
     strict.chat_template = None
-    with pytest.raises(DataError, match=r"no chat template; set base\.chat: false"):
+    with pytest.raises(
+        DataError, match=r"no chat template; name one with base\.chat_template: FILE\.jinja, .* set base\.chat: false"
+    ):
         encode(Example("w1", "w1"), strict, chat=True)
 
 
@@ -340,3 +343,104 @@ def test_the_chat_template_counts(tokenizer):
     assert fit_to_length([example], tokenizer, 7) == [example]
     with pytest.raises(DataError, match="the longest has 9"):
         fit_to_length([example], tokenizer, 7, chat=True)
+
+
+# Keys of messages, in the template and passed over
+
+
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}<system> {{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}<{{ m.role }}> {{ m.name or '' }} {{ m.content }} "
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.to }} {% endfor %}</s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+CALLING = {
+    "role": "assistant",
+    "content": "w1",
+    "tool_calls": [{"function": {"name": "w2", "arguments": {"to": "w3"}}}],
+}
+TOOLS = [{"type": "function", "function": {"name": "w8"}}]
+
+
+def test_calls_names_and_tools_are_learnt_as_the_template_writes_them(tokenizer):
+    reading = copy(tokenizer)
+    reading.chat_template = TOOL_TEMPLATE
+    example = Example([{"role": "user", "content": "w5", "name": "w6"}], CALLING, template={"tools": TOOLS})
+    ids, prompt = encode(example, reading, chat=True)
+    text = "<system> w8 <user> w6 w5 </s> <assistant> w1 w2 w3 </s>"
+    assert " ".join(reading.convert_ids_to_tokens(ids)) == text
+    assert encode_prompt(example, reading, chat=True) == ids[:prompt]
+    assert reading.convert_ids_to_tokens(ids[prompt:]) == ["w1", "w2", "w3", "</s>"]
+    assert reference(example, reading, chat=True) == "w1 w2 w3"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "template", "message"),
+    [
+        (
+            {"content": "w5"},
+            CALLING,
+            {},
+            r"^line 7, message 2: the base's chat template passes over 'tool_calls'; leave",
+        ),
+        ({"content": "w5", "name": "w6"}, "w1", {}, r"^line 7, message 1: .* passes over 'name'"),
+        ({"content": "w5"}, "w1", {"tools": TOOLS}, r"^line 7, the base's chat template passes over 'tools'"),
+        (
+            {"content": "w5"},
+            {"role": "assistant", "content": "w1", "reasoning_content": "w2"},
+            {},
+            r"^line 7, message 2: .* passes over 'reasoning_content'; .* base\.chat_template: FILE\.jinja",
+        ),
+    ],
+)
+def test_a_template_that_passes_over_what_is_to_be_learnt_is_refused(tokenizer, prompt, completion, template, message):
+    example = Example([{"role": "user", **prompt}], completion, template=template, place="line 7")
+    with pytest.raises(DataError, match=message):
+        encode(example, tokenizer, chat=True)
+
+
+# Tokenizers that append the end-of-sequence token
+
+
+@pytest.fixture(scope="module")
+def ending(tokenizer):
+    """Begins every text with `<system>` and ends it with `</s>`, as T5's, Gemma's or Llama's can be told to."""
+    made = copy(tokenizer)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<system> $A </s>", special_tokens=[("<system>", 2), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    ), made
+
+
+def test_prompts_carry_no_end_and_texts_end_once_whatever_the_tokenizer_appends(ending):
+    ending, plain = ending
+    start = ending.convert_tokens_to_ids("<system>")
+    for example in (
+        Example("w1 w2", "w3"),
+        Example("w1", "w3 </s>"),
+        Example("", "w3 w4"),
+        Example("", "w3 </s> </s>"),
+    ):
+        ids, prompt = encode(example, ending)
+        expected, without = encode(example, plain)
+        while expected[-2] == plain.eos_token_id:
+            expected.pop()
+        assert ids == [start, *expected]
+        assert ids.count(ending.eos_token_id) == 1
+        if example.prompt:
+            assert prompt == without + 1
+            assert encode_prompt(example, ending) == ids[:prompt]
+    assert encode_prompt(Example("", "w1"), ending) == [start]
+
+
+def test_a_text_is_not_shortened_where_begin_and_end_share_a_token(tokenizer):
+    """OPT's tokenizer begins a text with `</s>`, and ends none."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    opt = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    assert encode_prompt(Example("w1", "w2"), opt) == [1, *tokenizer("w1").input_ids]
+    assert encode_prompt(Example("", "w2"), opt) == [1]
+    assert encode(Example("", "w2"), opt)[0] == [1, *tokenizer("w2").input_ids, 1]

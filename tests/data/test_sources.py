@@ -246,7 +246,10 @@ def test_each_turn_of_the_assistant_is_an_example(tmp_path, suffix):
         ("hello", r"line 1, 'messages': expected a list of messages, .* got 'hello'"),
         ([*CHAT, "bye"], r"'messages', message 6: expected role and content, got 'bye'"),
         ([{"role": "user", "text": "x"}], r"message 1: no 'content'\. .*Its columns: role, text"),
-        ([{"role": "human", "content": "x"}], r"message 1: unknown role 'human'; expected system, user, assistant"),
+        (
+            [{"role": "human", "content": "x"}],
+            r"message 1: unknown role 'human'; expected system, user, assistant, tool",
+        ),
         ([CHAT[1], {"role": "assistant", "content": " "}], r"message 2: empty 'content'; there is nothing to say"),
         ([CHAT[1], {"role": "assistant", "content": None}], r"message 2: 'content' must be text, got None"),
         ([CHAT[2]], r"message 1: the assistant speaks first"),
@@ -330,3 +333,132 @@ def test_missing_held_out_data_names_the_expert(tmp_path):
         load_examples("law", DataRecipe(train=file), "test")
     with pytest.raises(DataError, match=r"experts\.law\.data has no test split; add `test_split: NAME`"):
         load_examples("law", DataRecipe(path="some/where"), "test")
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_values_too_deep_or_too_long_to_read_are_named(tmp_path, name):
+    for value, message in (
+        ("[" * 100000 + "]" * 100000, r"nested too deeply"),
+        ("9" * 5000, r"cannot be read \(Exceeds"),
+    ):
+        file = write(tmp_path / name, f'{{"prompt": "a", "completion": "b", "x": {value}}}')
+        with pytest.raises(DataError, match=rf"{name}, line 1: {message}"):
+            read(file)
+
+
+# What the peers read
+
+
+def test_lists_and_patterns_of_files(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"part-{i}.jsonl", {"prompt": f"p{i}", "completion": "c"})
+    write(tmp_path / "more.csv", "prompt,completion", "q,c")
+    prompts = [example.prompt for example in read(tmp_path / "part-*.jsonl")]
+    assert prompts == ["p0", "p1", "p2"]
+    data = DataRecipe(train=[str(tmp_path / "more.csv"), str(tmp_path / "part-[12].jsonl")], limit=2)
+    assert [example.prompt for example in load_examples("a", data, "train")] == ["q", "p1"]
+    with pytest.raises(DataError, match=r"experts\.a\.data\.train: no file matches '.*none-\*\.jsonl'"):
+        read(tmp_path / "none-*.jsonl", "a")
+    write(tmp_path / "part-2.jsonl", "{broken")
+    with pytest.raises(DataError, match=r"part-2\.jsonl, line 1: not valid JSON"):
+        read(tmp_path / "part-*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "row"),
+    [
+        ("d.tsv", "prompt\tcompletion", "p, ;\tc"),
+        ("d.csv", "prompt;completion", '"p, ;";c'),
+        ("d.csv", '"prompt";"completion";"a,b"', '"p, ;";c;'),
+        ("d.csv", "prompt\tcompletion", "p, ;\tc"),
+        ("d.csv", "prompt,completion,a;b", '"p, ;",c,'),
+    ],
+)
+def test_what_parts_the_cells_is_read_from_the_header(tmp_path, name, header, row):
+    assert read(write(tmp_path / name, header, row)) == [Example("p, ;", "c")]
+
+
+def test_tsv_is_read_from_gzip(tmp_path):
+    (tmp_path / "d.tsv.gz").write_bytes(gzip.compress(b"prompt\tcompletion\np\tc\n"))
+    assert read(tmp_path / "d.tsv.gz") == [Example("p", "c")]
+
+
+def test_conversational_prompt_and_completion(tmp_path):
+    more = [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    file = write(
+        tmp_path / "d.jsonl",
+        {"prompt": CHAT[:2], "completion": CHAT[2:3], "tools": []},
+        {"prompt": CHAT[:4], "completion": [CHAT[4], *more]},
+    )
+    assert read(file) == [Example(CHAT[:2], "1"), Example(CHAT[:4], "2"), Example([*CHAT, more[0]], "yes")]
+    mixed = write(tmp_path / "mixed.jsonl", {"prompt": CHAT[:2], "completion": "1"})
+    with pytest.raises(DataError, match=r"line 1: 'prompt' must be text, got \[\{'role'"):
+        read(mixed)
+
+
+def test_share_gpt(tmp_path):
+    said = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "1"}]
+    row = {"conversations": said, "system": "be brief", "id": 4}
+    (example,) = read(write(tmp_path / "d.jsonl", row))
+    assert example == Example(CHAT[:2], "1")
+    assert example.place == f"{tmp_path / 'd.jsonl'}, line 1, 'conversations'"
+    with pytest.raises(DataError, match=r"line 1, 'conversations', message 1: unknown speaker 'bing'"):
+        read(write(tmp_path / "bad.jsonl", {"conversations": [{"from": "bing", "value": "x"}]}))
+
+
+def test_tools_go_to_the_chat_template(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather", "description": None}}]
+    bare = [{"type": "function", "function": {"name": "weather"}}]
+    for given in (tools, json.dumps(tools)):
+        (example,) = read(write(tmp_path / "d.jsonl", {"messages": CHAT[1:3], "tools": given}))
+        assert example.template == {"tools": bare}
+    (example,) = read(
+        write(tmp_path / "d.jsonl", {"m": CHAT[1:3], "t": tools, "chat_template_kwargs": {"x": 1}}),
+        columns={"messages": "m", "tools": "t"},
+    )
+    assert example.template == {"tools": bare, "chat_template_kwargs": {"x": 1}}
+    for value, message in (("[", "not valid JSON"), ({"a": 1}, "'tools' must be a list, got")):
+        with pytest.raises(DataError, match=rf"d\.jsonl, line 1.*{message}"):
+            read(write(tmp_path / "d.jsonl", {"messages": CHAT[1:3], "tools": value}))
+    with pytest.raises(
+        DataError, match=r"line 1: 'functions' beside chat messages is not read; give functions as `too"
+    ):
+        read(write(tmp_path / "d.jsonl", {"messages": CHAT[1:3], "functions": [{"name": "f"}]}))
+
+
+def test_alpaca(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "2 and 2", "output": "4", "text": "Below is"},
+        {"instruction": "Sing.", "input": "", "output": "la", "text": "Below is"},
+    ]
+    file = write(tmp_path / "d.jsonl", *rows)
+    assert read(file) == [Example("Add.\n2 and 2", "4"), Example("Sing.", "la")]
+    assert read(file, columns={"prompt": "instruction", "completion": "output"})[0] == Example("Add.", "4")
+
+
+def test_a_template_makes_a_field_of_the_columns(tmp_path):
+    row = {"question": "Why?", "context": {"parts": ["a", "b"]}, "answer": "so"}
+    template = {"prompt": "{{ context.parts | join(' ') }}\n{{ question }}"}
+    file = write(tmp_path / "d.jsonl", row)
+    assert read(file, template=template, columns={"completion": "answer"}) == [Example("a b\nWhy?", "so")]
+    assert read(file, template={**template, "completion": "{{ answer }}!"}) == [Example("a b\nWhy?", "so!")]
+    with pytest.raises(DataError, match=r"line 1, template 'prompt': 'quest' is undefined\. Its columns: question, "):
+        read(file, template={"prompt": "{{ quest }}"}, columns={"completion": "answer"})
+
+
+def test_the_test_file_can_have_other_columns(tmp_path):
+    train = write(tmp_path / "train.jsonl", {"q": "p", "a": "c"})
+    test = write(tmp_path / "test.jsonl", {"question": "p", "answer": "c"})
+    data = DataRecipe(
+        train=str(train),
+        test=str(test),
+        columns={"prompt": "q", "completion": "a"},
+        test_columns={"prompt": "question", "completion": "answer"},
+    )
+    assert load_examples("", data, "train") == load_examples("", data, "test") == [Example("p", "c")]
+    plain = write(tmp_path / "plain.jsonl", GOOD)
+    data = DataRecipe(train=str(train), test=str(plain), columns={"prompt": "q", "completion": "a"}, test_columns={})
+    assert load_examples("", data, "test") == [Example("p", "c")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow
 import pytest
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
@@ -89,3 +90,21 @@ def test_offline_mode_is_named_as_datasets_reports_it(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="not in the cache, and offline mode is on"):
         load_examples("law", DataRecipe(path="nobody/nothing"), "train")
+
+
+def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path):
+    train = Dataset.from_dict({"prompt": ["p", "q"], "completion": ["c", "d"]})
+    test = Dataset.from_dict({"prompt": ["r"], "completion": ["e"]})
+    DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
+    data = DataRecipe(path=str(tmp_path / "both"), test_split="test")
+    assert load_examples("a", data, "train") == [Example("p", "c", "a"), Example("q", "d", "a")]
+    assert load_examples("a", data, "test") == [Example("r", "e", "a")]
+    with pytest.raises(DataError, match=r"both \(tests\): no split 'tests'\. Did you mean 'test'\? It has train, test"):
+        load_examples("a", DataRecipe(path=str(tmp_path / "both"), split="tests"), "train")
+    test.save_to_disk(tmp_path / "one")
+    assert load_examples("a", DataRecipe(path=str(tmp_path / "one")), "train") == [Example("r", "e", "a")]
+    with pytest.raises(DataError, match=r"one \(dev\): the folder holds one data set without splits"):
+        load_examples("a", DataRecipe(path=str(tmp_path / "one"), test_split="dev"), "test")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"one \(train\): cannot be read"):
+        load_examples("a", DataRecipe(path=str(tmp_path / "one")), "train")

@@ -63,7 +63,7 @@ def read_json(file: Path) -> dict[str, Any]:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds {type(fields).__name__}; expected a JSON object.")

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,14 @@ TooLong = Literal["error", "drop", "truncate"]
 MIXING_TEMPERATURE = 2.0
 
 
+Message = dict[str, Any]
+"""One message of a chat: `role`, `content` and whatever else the chat template reads, such as `tool_calls`."""
+_MUST_BE_READ = ("tool_calls", "name")
+"""Keys of a message that a chat template must not pass over."""
+_MUST_BE_LEARNT = (*_MUST_BE_READ, "reasoning_content", "reasoning", "thinking")
+"""Likewise of a message that is to be learnt."""
+
+
 class DataError(ValueError):
     """Data that cannot be used; the message names the place and the remedy."""
 
@@ -34,20 +42,25 @@ class Example:
     """A prompt and the completion to learn.
 
     Args:
-        prompt: what the user says: text, or chat messages (`role` and `content`) that end before the reply. Empty for
-            plain text, all of which is learnt.
-        completion: what the model should say, without an end-of-sequence token.
+        prompt: what the user says: text, or chat messages that end before the reply. Empty for plain text, all of which
+            is learnt.
+        completion: what the model should say, without an end-of-sequence token: text, or the assistant's message where
+            it is more than that (`tool_calls`).
         domain: the expert whose data this is.
         extra: whatever else the file gave for it; never seen by the model.
         separator: what the completion begins with where no chat template is used, so that the model itself ends the
             prompt; plain text has none.
+        template: what the chat template gets beside the messages: `tools`, and the row's `chat_template_kwargs`.
+        place: where it stands, for messages.
     """
 
-    prompt: str | list[dict[str, str]]
-    completion: str
+    prompt: str | list[Message]
+    completion: str | Message
     domain: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
     separator: str = "\n"
+    template: dict[str, Any] = field(default_factory=dict, hash=False)
+    place: str = field(default="", compare=False)
 
     @property
     def form(self) -> Literal["messages", "prompt", "text"]:
@@ -59,13 +72,13 @@ class Example:
         """The prompt's text; of messages the last one's, of plain text the first words."""
         if isinstance(self.prompt, list):
             return self.prompt[-1]["content"]
-        return self.prompt or " ".join(self.completion.split()[:8])
+        return self.prompt or " ".join(str(self.completion).split()[:8])
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """How many examples these are, and a hash of what the model sees of them, in their order."""
-    rows = [(example.prompt, example.completion, example.separator) for example in examples]
-    text = json.dumps(rows, sort_keys=True)
+    rows = [(e.prompt, e.completion, e.separator, *([e.template] if e.template else [])) for e in examples]
+    text = json.dumps(rows, sort_keys=True, default=str)
     return f"{len(rows)} examples, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -187,13 +200,14 @@ def as_row(example: Example, chat: bool = False) -> dict[str, Any]:
     if example.form == "text":
         return {"text": example.completion, "domain": example.domain}
     if not chat:
-        if isinstance(example.prompt, list):
+        if isinstance(example.prompt, list) or isinstance(example.completion, dict):
             raise DataError(f"{example.domain or 'the data'}: chat messages need a chat template; set base.chat: true.")
         completion = example.separator + example.completion
         return {"prompt": example.prompt, "completion": completion, "domain": example.domain}
     prompt = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
-    completion = [{"role": "assistant", "content": example.completion}]
-    return {"prompt": prompt, "completion": completion, "domain": example.domain}
+    reply = example.completion
+    reply = reply if isinstance(reply, dict) else {"role": "assistant", "content": reply}
+    return {"prompt": prompt, "completion": [reply], "domain": example.domain, **example.template}
 
 
 def to_dataset(
@@ -229,26 +243,45 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = Fa
     """The token ids TRL would train on and how many of them are the prompt.
 
     Returns:
-        the ids of prompt and completion, closed by the end-of-sequence token (plain) or the chat template;
+        the ids of prompt and completion, closed by one end-of-sequence token (plain) or the chat template;
         the number of leading ids that belong to the prompt and get no loss, 0 for plain text.
+
+    Raises:
+        DataError: there is no chat template, it refuses the messages, or it passes over what is to be learnt.
     """
     row = as_row(example, chat)
     if "text" in row:
-        return _tokenise(tokenizer, _ended(row["text"], tokenizer)), 0
-    prompt_ids = _tokenise(tokenizer, row["prompt"], add_generation_prompt=True)
-    completion: Any = row["completion"]
-    if isinstance(completion, str):
-        completion = _ended(completion, tokenizer)
-    ids = _tokenise(tokenizer, row["prompt"] + completion)
+        return _ended(tokenizer, row["text"]), 0
+    prompt_ids = encode_prompt(example, tokenizer, chat)
+    if isinstance(row["completion"], str):
+        ids = _ended(tokenizer, row["prompt"] + row["completion"])
+    else:
+        messages = row["prompt"] + row["completion"]
+        ids = _rendered(tokenizer, messages, example)
+        _check_read(tokenizer, messages, example, len(row["prompt"]))
     shared = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
     return ids, min(shared, len(ids))
 
 
 def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[int]:
-    """The token ids to generate an answer from; for plain text what stands before a text, at least one token."""
-    ids = _tokenise(tokenizer, as_row(example, chat).get("prompt", ""), add_generation_prompt=True)
+    """The token ids to generate an answer from; for plain text what stands before a text, at least one token.
+
+    They are what `encode` puts before the completion: no end-of-sequence token follows, whatever the tokenizer appends
+    to a text.
+    """
+    prompt = as_row(example, chat).get("prompt", "")
+    if not isinstance(prompt, str):
+        return _rendered(tokenizer, prompt, example, add_generation_prompt=True)
     end: Any = tokenizer.eos_token_id
-    return ids or [end]
+    return _opened(tokenizer, prompt) or [end]
+
+
+def reference(example: Example, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
+    """The text that a right answer to the example decodes to, stripped."""
+    if isinstance(example.completion, str):
+        return example.completion.strip()
+    ids, prompt = encode(example, tokenizer, chat)
+    return str(tokenizer.decode(ids[prompt:], skip_special_tokens=True)).strip()
 
 
 def fit_to_length(
@@ -301,25 +334,74 @@ def fit_to_length(
     return kept
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: Any, add_generation_prompt: bool = False) -> list[int]:
-    """The ids of a text, or of messages in the chat template."""
-    if isinstance(text, str):
-        return tokenizer(text).input_ids
+def _opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that goes on: what the tokenizer puts before texts, but not the end that some append."""
+    ids: Any = tokenizer(text).input_ids
+    probe: Any = tokenizer("a").input_ids  # of an empty text the last token can be the one that begins texts
+    return ids[:-1] if ids and probe[-1] == tokenizer.eos_token_id else ids
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a whole text, closed by one end-of-sequence token, whether or not text or tokenizer end it."""
+    end: Any = tokenizer.eos_token_id
+    ids = _opened(tokenizer, text)
+    if end is None:
+        return ids
+    while ids and ids[-1] == end:
+        ids = ids[:-1]
+    return [*ids, end]
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: Example, add_generation_prompt: bool = False
+) -> list[int]:
+    """The ids of messages in the chat template."""
     if tokenizer.chat_template is None:
-        raise DataError("the base's tokenizer has no chat template; set base.chat: false, or name an instruct base.")
+        raise DataError(
+            "the base's tokenizer has no chat template; name one with base.chat_template: FILE.jinja, take an instruct "
+            "base, or give text prompts and set base.chat: false."
+        )
+    further = {"tools": example.template.get("tools"), **example.template.get("chat_template_kwargs", {})}
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            text, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, **further
         )
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in text)
-        raise DataError(f"the base's chat template refuses a conversation of {roles}: {error}") from error
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"{_where(example)}the base's chat template refuses a conversation of {roles}: {error}"
+        ) from error
     return encoded["input_ids"]
 
 
-def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    end = str(tokenizer.eos_token or "")
-    return text if text.endswith(end) else text + end
+def _check_read(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], example: Example, first_learnt: int
+) -> None:
+    """Raise a `DataError` for the first key to be learnt that the chat template passes over."""
+    whole: list[int] | None = None
+    for number, message in enumerate(messages):
+        for key in _MUST_BE_LEARNT if number >= first_learnt else _MUST_BE_READ:
+            if key not in message or (key == "name" and message["role"] == "tool"):
+                continue
+            rest = {name: value for name, value in message.items() if name != key}
+            without = [*messages[:number], rest, *messages[number + 1 :]]
+            whole = whole or _rendered(tokenizer, messages, example)
+            if _rendered(tokenizer, without, example) == whole:
+                raise DataError(
+                    f"{_where(example)}message {number + 1}: the base's chat template passes over {key!r}; leave it "
+                    "out, or name a template that reads it with base.chat_template: FILE.jinja."
+                )
+    if example.template.get("tools"):
+        bare = replace(example, template={**example.template, "tools": None})
+        if _rendered(tokenizer, messages, bare) == (whole or _rendered(tokenizer, messages, example)):
+            raise DataError(
+                f"{_where(example)}the base's chat template passes over 'tools'; leave them out, or name a template "
+                "that reads them with base.chat_template: FILE.jinja."
+            )
+
+
+def _where(example: Example) -> str:
+    return f"{example.place}, " if example.place else ""
 
 
 def _times(examples: Sequence[Example], count: int, rng: random.Random) -> list[Example]:

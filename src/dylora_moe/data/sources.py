@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
@@ -12,13 +14,17 @@ from typing import Any, Literal
 
 from dylora_moe.schema import nearest
 
+from .chats import shown, turns, without_nulls
 from .examples import DataError, Example
 from .generated import generate
-from .section import FORMS, DataRecipe
+from .section import FORMS, TOOLS, DataRecipe
 
 Split = Literal["train", "test"]
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its columns
-ROLES = ("system", "user", "assistant")
+OTHER_NAMES = {"messages": {"messages": "conversations"}, "prompt": {"prompt": "instruction", "completion": "output"}}
+"""Names that a form's columns have elsewhere: ShareGPT's and Alpaca's."""
+INPUT = "input"
+"""Alpaca's column that, where it is not empty, follows the instruction on a new line."""
 _CSV_BLOCK = 1 << 24  # bytes; pyarrow wants every row to be shorter than two blocks
 _VALUES_SHOWN = 10
 
@@ -29,7 +35,7 @@ def load_examples(
     """The examples of one expert: generated, read from a file, or from a dataset.
 
     A row with `messages` gives one example for each of the assistant's turns, one with `prompt` and `completion` or
-    with `text` gives one. Without `data.columns`, the first row tells which of these the data has.
+    with `text` gives one. Without `columns` or `template`, the first row tells which of these the data has.
 
     Args:
         domain: the expert's name.
@@ -51,7 +57,7 @@ def load_examples(
     name, found = _open(domain, data, split)
     if data.filter:
         found = _matching(found, data.filter, name)
-    examples = list(islice(_examples(found, data, domain), min(limits, default=None)))
+    examples = list(islice(_examples(found, data, domain, split), min(limits, default=None)))
     if not examples:
         raise DataError(f"{name}: no examples; expected rows with prompt and completion, messages, or text.")
     return examples
@@ -71,9 +77,23 @@ def _open(domain: str, data: DataRecipe, split: Split) -> tuple[str, Iterator[Ro
     source = data.train if split == "train" else data.test
     if source is None:
         raise DataError(f"experts.{domain}.data has no {split} file; add `{split}: FILE.jsonl`.")
-    path = Path(str(source))
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    return str(path), _opened(path, _READERS[suffix])
+    assert not isinstance(source, int)
+    paths = [Path(file) for entry in ([source] if isinstance(source, str) else source) for file in files_of(entry)]
+    if not paths:
+        raise DataError(f"experts.{domain}.data.{split}: no file matches {source!r}.")
+    rows = (row for path in paths for row in _opened(path, _READERS[_suffix(path)]))
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""), rows
+
+
+def files_of(entry: str) -> list[str]:
+    """The files that a name or a pattern stands for, sorted; a name without wild cards stands for itself."""
+    if not glob.has_magic(entry) or Path(entry).exists():
+        return [entry]
+    return sorted(file for file in glob.glob(entry, recursive=True) if Path(file).is_file())
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _opened(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
@@ -122,13 +142,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Every cell as text; rows are counted as pyarrow and spreadsheets do, the header being row 1."""
+    """Every cell as text; rows are counted as pyarrow and spreadsheets do, the header being row 1.
+
+    What parts the cells is read from the header: a comma, or, where it has none, a semicolon or a tab.
+    """
     import pyarrow
     from pyarrow import csv
 
     options: dict[str, Any] = {
         "read_options": csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK),  # threads cost the row number
-        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "parse_options": csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path)),
     }
     with csv.open_csv(path, **options) as file:
         names = file.schema.names
@@ -143,11 +166,20 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield f"{path}, row {number}", row
 
 
+def _delimiter(path: Path) -> str:
+    if _suffix(path) == ".tsv":
+        return "\t"
+    with _open_bytes(path) as file:
+        header = re.sub(rb'"[^"]*"', b"", file.readline())
+    return next((mark for mark in ",;\t" if mark.encode() in header), ",")
+
+
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
 
 
@@ -156,6 +188,9 @@ def _read_dataset(data: DataRecipe, split: str, name: str) -> Iterator[Row]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled
 
+    if rows := _saved_to_disk(data, split, name):
+        yield from rows
+        return
     try:
         rows = load_dataset(str(data.path), data.name, split=split, revision=data.revision)
     except (DatasetNotFoundError, GatedRepoError) as error:
@@ -179,6 +214,28 @@ def _read_dataset(data: DataRecipe, split: str, name: str) -> Iterator[Row]:
         yield f"{name}, row {number}", dict(row)
 
 
+def _saved_to_disk(data: DataRecipe, split: str, name: str) -> Iterator[Row] | None:
+    """The rows of a folder that `save_to_disk` wrote; None for any other."""
+    folder = Path(str(data.path))
+    parts = (folder / "dataset_dict.json").is_file()
+    if not parts and not (folder / "state.json").is_file():
+        return None
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        saved: Any = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{name}: cannot be read ({type(error).__name__}: {error}); save it again.") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise DataError(f"{name}: no split {split!r}.{nearest(split, saved)} It has {', '.join(map(str, saved))}.")
+        saved = saved[split]
+    elif split not in ("train", str(saved.split)):
+        raise DataError(f"{name}: the folder holds one data set without splits; leave `split` and `test_split` out.")
+    assert isinstance(saved, Dataset)
+    return ((f"{name}, row {number}", dict(row)) for number, row in enumerate(saved, start=1))  # type: ignore[arg-type]
+
+
 def _open_bytes(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
@@ -194,9 +251,13 @@ def _parse_json(text: bytes, place: str) -> Any:
         raise DataError(f"{place}: {half} is half of a character (a lone surrogate) and no text.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: nested too deeply to be read.") from error
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({error.msg}, {where}).") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place}: cannot be read ({error}).") from error
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -240,37 +301,106 @@ def _is(cell: Any, wanted: str | float | bool) -> bool:
         return False
 
 
-def _examples(rows: Iterable[Row], data: DataRecipe, domain: str) -> Iterator[Example]:
+def _examples(rows: Iterable[Row], data: DataRecipe, domain: str, split: Split) -> Iterator[Example]:
+    columns, templates = data.columns_of(split), _compiled(data.template_of(split))
     form: tuple[str, ...] = ()
+    names: dict[str, str] = {}
     for place, row in rows:
-        form = form or _form(row, data.columns, place)
-        names = {key: data.columns.get(key, key) for key in form}
+        if not form:
+            form, names = _form(row, columns, templates, place)
         for column in names.values():
             _check_column(row, column, place, used=names.values())
-        extra = {key: value for key, value in row.items() if key not in names.values()}
-        if form == ("messages",):
-            for prompt, reply in _turns(row[names["messages"]], f"{place}, {names['messages']!r}"):
-                yield Example(prompt, reply, domain, extra, data.separator)
+        made = {key: _made(template, row, f"{place}, template {key!r}") for key, template in templates.items()}
+        values = {**{key: row[column] for key, column in names.items()}, **made}
+        used, tools = {*names.values()}, columns.get(TOOLS, TOOLS)
+        shown = {key: names.get(key, key) for key in form}
+        if names.get("prompt") == OTHER_NAMES["prompt"]["prompt"] and not columns and row.get(INPUT):
+            used.add(INPUT)
+            values["prompt"] = "\n".join(_text(row[key], key, place, "ask") for key in (names["prompt"], INPUT))
+        further: dict[str, Any] = {"extra": {}, "separator": data.separator}
+        chat = form == ("messages",) or all(isinstance(values.get(key), list) for key in ("prompt", "completion"))
+        if chat:
+            further["template"] = _beside_messages(row, tools, place)
+            used |= {tools, "chat_template_kwargs"}
+        further["extra"] = {key: value for key, value in row.items() if key not in used}
+        if chat:
+            before = [] if form == ("messages",) else values["prompt"]
+            system = row.get("system") if names.get("messages") == OTHER_NAMES["messages"]["messages"] else None
+            if system and not columns:
+                before = [{"role": "system", "content": system}]
+            messages = values[form[-1]]
+            where = f"{place}, {shown[form[-1]]!r}"
+            for prompt, reply in turns(before, messages, where):
+                yield Example(prompt, reply, domain, place=where, **further)
         elif form == ("text",):
-            yield Example("", _text(row, names["text"], place, "learn"), domain, extra, data.separator)
+            yield Example("", _text(values["text"], shown["text"], place, "learn"), domain, place=place, **further)
         else:
-            prompt = _text(row, names["prompt"], place, "ask")
-            yield Example(prompt, _text(row, names["completion"], place, "learn"), domain, extra, data.separator)
+            prompt = _text(values["prompt"], shown["prompt"], place, "ask")
+            completion = _text(values["completion"], shown["completion"], place, "learn")
+            yield Example(prompt, completion, domain, place=place, **further)
 
 
-def _form(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> tuple[str, ...]:
-    """Which fields the data has: those in `columns`, else the first of `FORMS` that a row has all of."""
-    if columns:
-        return next(form for form in FORMS if set(columns) <= set(form))
-    for form in FORMS:
+def _form(
+    row: Mapping[str, Any], columns: Mapping[str, str], templates: Collection[str], place: str
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Which fields the data has, and their columns: those given, else the first that a row has all of."""
+    if given := ({*columns} - {TOOLS}) | {*templates}:
+        form = next(form for form in FORMS if given <= set(form))
+        return form, {key: columns.get(key, key) for key in form if key not in templates}
+    *before_text, text = FORMS
+    for form in before_text:
         if all(key in row for key in form):
-            return form
-    if "prompt" in row or "completion" in row:
-        return ("prompt", "completion")
+            return form, {key: key for key in form}
+    for form in before_text:
+        if all(column in row for column in OTHER_NAMES[form[0]].values()):
+            return form, OTHER_NAMES[form[0]]
+    for form in (text, ("prompt", "completion")):
+        if any(key in row for key in form):
+            return form, {key: key for key in form}
     raise DataError(
         f"{place}: no 'messages', no 'prompt' and 'completion', no 'text'. Its columns: {', '.join(row) or 'none'}. "
         "Name the right ones, for example `columns: {prompt: question, completion: answer}`."
     )
+
+
+def _beside_messages(row: Mapping[str, Any], tools: str, place: str) -> dict[str, Any]:
+    """What a row gives the chat template beside its messages."""
+    found: dict[str, Any] = {}
+    for key, column, kind in ((TOOLS, tools, list), ("chat_template_kwargs", "chat_template_kwargs", dict)):
+        value = row.get(column)
+        if isinstance(value, str) and value.strip():
+            value = _parse_json(value.encode(), f"{place}, {column!r}")
+        if not value:
+            continue
+        if not isinstance(value, kind):
+            raise DataError(f"{place}: {column!r} must be a {kind.__name__}, got {shown(value)}.")
+        found[key] = without_nulls(value)
+    for column in ("functions", "function_call", "documents"):
+        if row.get(column):
+            raise DataError(
+                f"{place}: {column!r} beside chat messages is not read; give functions as `tools`, each "
+                '{"type": "function", "function": {…}}, or leave it out.'
+            )
+    return found
+
+
+def _compiled(templates: Mapping[str, str]) -> dict[str, Any]:
+    if not templates:
+        return {}
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return {key: environment.from_string(text) for key, text in templates.items()}
+
+
+def _made(template: Any, row: Mapping[str, Any], where: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return template.render(row)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{where}: {error}. Its columns: {', '.join(row) or 'none'}.") from error
 
 
 def _check_column(row: Mapping[str, Any], column: str, place: str, used: Collection[str] = ()) -> None:
@@ -279,46 +409,15 @@ def _check_column(row: Mapping[str, Any], column: str, place: str, used: Collect
         raise DataError(f"{place}: no {column!r}.{guess} Its columns: {', '.join(row) or 'none'}.")
 
 
-def _text(row: Mapping[str, Any], column: str, place: str, purpose: str) -> str:
-    value = row[column]
+def _text(value: Any, column: str, place: str, purpose: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} must be text, got {_shown(value)}.")
+        raise DataError(f"{place}: {column!r} must be text, got {shown(value)}.")
     if not value.strip():
         raise DataError(f"{place}: empty {column!r}; there is nothing to {purpose}.")
     return value
 
 
-def _turns(messages: Any, place: str) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """For each of the assistant's turns the messages before it and what it says."""
-    if not isinstance(messages, list):
-        raise DataError(f"{place}: expected a list of messages, each with role and content, got {_shown(messages)}.")
-    before: list[dict[str, str]] = []
-    turns = []
-    for number, message in enumerate(messages, start=1):
-        where = f"{place}, message {number}"
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: expected role and content, got {_shown(message)}.")
-        for key in ("role", "content"):
-            _check_column(message, key, where)
-        role, content = message["role"], _text(message, "content", where, "say")
-        if role not in ROLES:
-            raise DataError(f"{where}: unknown role {role!r}; expected {', '.join(ROLES)}.")
-        if role == "assistant":
-            if not before:
-                raise DataError(f"{where}: the assistant speaks first, so there is nothing to answer.")
-            turns.append((list(before), content))
-        before.append({"role": role, "content": content})
-    if not turns:
-        raise DataError(f"{place}: no message of the assistant, so there is nothing to learn.")
-    yield from turns
-
-
 def _listed(values: Iterable[str]) -> str:
     values = list(values)
     more = ", …" if len(values) > _VALUES_SHOWN else ""
-    return ", ".join(_shown(value) for value in values[:_VALUES_SHOWN]) + more
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    return ", ".join(shown(value) for value in values[:_VALUES_SHOWN]) + more

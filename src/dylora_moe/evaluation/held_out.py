@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.data.examples import Example, encode, encode_prompt
+from dylora_moe.data.examples import Example, encode, encode_prompt, reference
 
 Progress = Callable[[int], None]
 
@@ -62,11 +62,12 @@ def answers(
     return texts
 
 
-def exact_match(texts: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def exact_match(
+    texts: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, chat: bool = False
+) -> dict[str, float]:
     """Share of answers equal to the completion (both stripped), per domain."""
-    return _per_domain(
-        examples, [float(t == e.completion.strip()) for t, e in zip(texts, examples, strict=True)], [1.0] * len(texts)
-    )
+    right = [float(t == reference(e, tokenizer, chat)) for t, e in zip(texts, examples, strict=True)]
+    return _per_domain(examples, right, [1.0] * len(texts))
 
 
 @torch.no_grad()

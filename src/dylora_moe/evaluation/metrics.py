@@ -101,7 +101,7 @@ def measure_exact_match(
         progress=progress,
         **force,
     )
-    return exact_match(texts, examples)
+    return exact_match(texts, examples, tokenizer, settings.chat)
 
 
 def measure_loss(

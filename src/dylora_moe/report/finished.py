@@ -122,7 +122,7 @@ def _optional(file: Path, kind: type, missing: dict[str, str]) -> Any:
         content = text if kind is str else json.loads(text)
     except FileNotFoundError:
         missing[file.name] = f"There is no {file.name} in the run's folder."
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         missing[file.name] = f"{file.name} cannot be read: {error}"
     else:
         if isinstance(content, kind) and content:

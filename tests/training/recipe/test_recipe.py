@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dylora_moe.data.sources import load_examples
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import apply_overrides, load_recipe, parse_recipe
 
@@ -175,8 +176,8 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         (data(path="a/b", train="d.jsonl"), r"train='d\.jsonl' beside path='a/b'; choose its part with `split`"),
         (data(path="a/b", test=5), r"test=5 beside path='a/b'; choose its part with `test_split`"),
         (
-            data(train="d.tsv"),
-            r"train='d\.tsv': unknown kind of file; expected \.jsonl, \.jsonl\.gz, .*\.parquet, \.csv",
+            data(train="d.txt"),
+            r"train='d\.txt': unknown kind of file; expected \.jsonl, \.jsonl\.gz, .*\.parquet, \.csv",
         ),
         (
             data(path="a/b", columns={"promt": "q"}),
@@ -358,16 +359,153 @@ def test_the_shipped_skills_recipe_is_valid():
     assert recipe.mixture_config().num_experts == 4
 
 
-def test_the_shipped_real_recipe_is_valid(tmp_path):
-    """Its data lies outside the repository: stand in an empty file for each path."""
-    text = (REPOSITORY / "recipes" / "real.yaml").read_text()
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "real.yaml").write_text(text.replace("../../shared", "shared"))
-    for expert in yaml.safe_load(text)["experts"].values():
-        for key in ("train", "test"):
-            path = tmp_path / "recipes" / expert["data"][key].replace("../../shared", "shared")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    recipe = load_recipe(tmp_path / "recipes" / "real.yaml")
+@pytest.mark.parametrize("name", ["real", "staged"])
+def test_the_shipped_recipes_on_real_data_name_data_sets_of_the_hub(name, tmp_path):
+    file = REPOSITORY / "recipes" / f"{name}.yaml"
+    recipe = load_recipe(file)
     assert list(recipe.experts) == ["gsm8k", "wikisql", "e2e_nlg", "pubmedqa"]
     assert recipe.eval.metric == "loss"
+    assert all("/" in expert.data.path and expert.data.has_test for expert in recipe.experts.values())
+    (tmp_path / "my.jsonl").touch()
+    local = load_recipe(file, [f"experts.gsm8k.data.train={tmp_path / 'my.jsonl'}", "experts.gsm8k.data.limit=7"])
+    data = local.experts["gsm8k"].data
+    assert (data.path, data.train, data.columns, data.limit) == (None, str(tmp_path / "my.jsonl"), {}, 7)
+    assert local.experts["wikisql"] == recipe.experts["wikisql"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "completion"),
+    [
+        ("gsm8k", {"question": "1 + 1?", "answer": "2\n#### 2"}, "1 + 1?", "2\n#### 2"),
+        (
+            "wikisql",
+            {
+                "phase": 1,
+                "question": "Who?",
+                "table": {"header": ["Name", "Age"], "rows": [["a", "1"]]},
+                "sql": {"human_readable": "SELECT Name FROM table", "sel": 0},
+            },
+            'Table t has columns: "Name", "Age".\nWrite a SQL query for: Who?',
+            "SELECT Name FROM table",
+        ),
+        (
+            "e2e_nlg",
+            {"meaning_representation": "name[X]", "human_reference": "X is nice."},
+            "Write a sentence describing the restaurant: name[X]",
+            "X is nice.",
+        ),
+        (
+            "pubmedqa",
+            {"question": "Does it?", "context": {"contexts": ["A.", "B."]}, "final_decision": "yes"},
+            "Abstract: A. B.\n\nQuestion: Does it?\nAnswer yes, no or maybe.",
+            "yes",
+        ),
+    ],
+)
+def test_rows_of_the_hub_become_prompts_and_completions(name, row, prompt, completion, monkeypatch):
+    """Rows in the form that the data sets' pages show; the download itself is not tried here."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row])
+    data = load_recipe(REPOSITORY / "recipes" / "real.yaml").experts[name].data
+    for split in ("train", "test"):
+        (example,) = load_examples(name, data, split)
+        assert (example.prompt, example.completion) == (prompt, completion)
+
+
+def test_an_override_of_an_expert_that_there_is_not_is_refused():
+    data = {"experts": {"math": {"data": {"skill": "json"}}}}
+    with pytest.raises(RecipeError, match=r"no expert 'mth'\. Did you mean 'math'\? Experts: math\."):
+        apply_overrides(data, ["experts.mth.data.limit=5"])
+    added = apply_overrides(data, ["experts.law={data: {skill: sql}}", "experts.law.data.train=3"])
+    assert added["experts"]["law"] == {"data": {"skill": "sql", "train": 3}}
+    assert apply_overrides({}, ["experts.a.data.skill=json"]) == {"experts": {"a": {"data": {"skill": "json"}}}}
+
+
+def test_a_file_takes_the_place_of_a_data_set_whatever_the_order():
+    data = {"experts": {"a": {"data": {"path": "x/y", "split": "dev", "columns": {"prompt": "q"}, "limit": 3}}}}
+    overrides = ["experts.a.data.columns={prompt: p}", "experts.a.data.train=d.jsonl"]
+    changed = {"experts": {"a": {"data": {"train": "d.jsonl", "columns": {"prompt": "p"}, "limit": 3}}}}
+    assert apply_overrides(data, overrides) == apply_overrides(data, overrides[::-1]) == changed
+
+
+@pytest.mark.parametrize(
+    ("data", "keys", "owner"),
+    [
+        (minimal(train={"lerning_rate": 1}), "collapse_steps, domain_coefficient, ", "trl.SFTConfig"),
+        (minimal(mixture={"topk": 1}), "balance_coefficient, balance_loss, ", "peft.LoraConfig"),
+    ],
+)
+def test_an_unknown_key_shows_the_sections_own_keys(data, keys, owner):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(data)
+    assert f" Valid keys: {keys}" in str(error.value)
+    assert str(error.value).endswith(f" and the fields of {owner}.")
+    assert str(error.value).count(",") < 40
+    assert "adam_beta1" not in str(error.value)
+
+
+def test_the_base_has_its_loading_options(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    (tmp_path / "chat.jinja").write_text("x")
+    options = {"attn_implementation": "eager", "device_map": {"": 0}, "trust_remote_code": True}
+    recipe = parse_recipe(
+        minimal(base={"model": "a/b", "quantization": 4, "chat": True, "chat_template": "chat.jinja", **options}),
+        tmp_path,
+    )
+    assert recipe.base.quantization == "4bit"
+    assert recipe.base.chat_template == str(tmp_path / "chat.jinja")
+    assert recipe.base.device_map == {"": 0}
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"quantization": "2bit"}, r"^base\.quantization: expected one of '4bit', '8bit', 4, 8 or null, got '2bit'"),
+        ({"quantization": "4bit"}, r"^base\.quantization: bitsandbytes is not installed: pip install bitsandbytes"),
+        ({"chat_template": "x.jinja"}, r"^base: chat_template='x\.jinja' is for `chat: true`"),
+        ({"chat": True, "chat_template": "x.jinja"}, r"^base\.chat_template: no file 'x\.jinja'; looked for /"),
+        ({"device_map": 3}, r"^base\.device_map: expected text or a mapping or null, got 3"),
+    ],
+)
+def test_options_of_the_base_that_cannot_be_used_are_refused(base, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(minimal(base=base))
+
+
+def test_patterns_and_lists_of_files_are_found_beside_the_recipe(tmp_path):
+    for name in ("a-1.jsonl", "a-2.jsonl", "b.csv"):
+        (tmp_path / name).touch()
+    experts = {
+        "a": {"data": {"train": "a-*.jsonl", "test": ["b.csv"]}},
+        "b": {"data": {"train": ["b.csv", "a-[1].jsonl"]}},
+    }
+    recipe = parse_recipe({"experts": experts}, tmp_path)
+    files = {name: str(tmp_path / name) for name in ("a-1.jsonl", "a-2.jsonl", "b.csv")}
+    assert recipe.experts["a"].data.train == [files["a-1.jsonl"], files["a-2.jsonl"]]
+    assert recipe.experts["a"].data.test == [files["b.csv"]]
+    assert recipe.experts["b"].data.train == [files["b.csv"], files["a-1.jsonl"]]
+    for train, message in (("x-*.jsonl", r"no file 'x-\*\.jsonl'"), (["b.csv", "c.csv"], r"no file 'c\.csv'")):
+        with pytest.raises(RecipeError, match=rf"^experts\.a\.data\.train: {message}; looked for "):
+            parse_recipe({"experts": {"a": {"data": {"train": train}}}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": {"messages": "x"}}, r"template: no field 'messages'\..* Fields: prompt, completion, text"),
+        ({"template": {"prompt": "{{ x"}}, r"template: prompt: no Jinja template"),
+        (
+            {"template": {"prompt": "x"}, "columns": {"prompt": "q"}},
+            r"prompt: in columns and in template; give",
+        ),
+        ({"template": {"prompt": "x"}, "columns": {"text": "q"}}, r"columns: text, prompt do not go together"),
+        ({"test_columns": {"prompt": "q"}}, r"test_columns and test_template are for held-out data"),
+        ({"train": []}, r"train=\[\]: no file"),
+        ({"train": ["d.txt"]}, r"train='d\.txt': unknown kind of file"),
+    ],
+)
+def test_data_sections_that_cannot_be_used_are_refused(options, message):
+    source = {} if "train" in options else {"path": "a/b"}
+    with pytest.raises(RecipeError, match=r"^experts\.a\.data: " + message):
+        parse_recipe(data(**source, **options))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from dylora_moe.data.examples import Example
+from dylora_moe.data.examples import Example, encode
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import parse_recipe
-from dylora_moe.training.run.build import load_recipe_examples
+from dylora_moe.training.run.build import base_title, load_recipe_examples, load_tokenizer, loading_options
 
 GOOD = {"prompt": "p", "completion": "c"}
 CHAT = [
@@ -54,3 +55,42 @@ def test_experts_without_held_out_data_give_none(tmp_path):
     train, test = load_recipe_examples(parse_recipe({"experts": experts}, tmp_path))
     assert list(train) == ["law", "when"]
     assert [example.domain for example in test] == ["when", "when"]
+
+
+def test_loading_options_of_the_base(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    given = {"model": "a/b", "revision": "v1", "dtype": "bfloat16", "attn_implementation": "eager"}
+    given |= {"device_map": "auto", "trust_remote_code": True, "quantization": "4bit"}
+    skill = {"sql": {"data": {"skill": "sql"}}}
+    options = loading_options(parse_recipe({"base": given, "experts": skill}))
+    four = options.pop("quantization_config")
+    assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.bfloat16)
+    expected = {key: given[key] for key in ("revision", "attn_implementation", "device_map", "trust_remote_code")}
+    assert options == {**expected, "dtype": torch.bfloat16}
+    eight = loading_options(parse_recipe({"base": {"quantization": 8}, "experts": skill}))["quantization_config"]
+    assert eight.load_in_8bit
+    assert loading_options(parse_recipe({"experts": skill})) == {"dtype": torch.float32}
+
+
+def test_a_recipe_without_base_says_which_it_takes():
+    assert (
+        base_title(parse_recipe({"experts": {"a": {"data": {"skill": "sql"}}}})) == "embedded (SmolLM2-135M-Instruct)"
+    )
+
+
+def test_a_length_beyond_the_positions_of_the_base_is_refused(base):
+    content = {"base": {"model": base}, "experts": {"a": {"data": {"skill": "sql"}}}, "train": {"max_length": 257}}
+    with pytest.raises(RecipeError, match=r"^train\.max_length=257: .* has 256 positions"):
+        load_tokenizer(parse_recipe(content))
+    content["train"]["max_length"] = 256
+    assert load_tokenizer(parse_recipe(content)).model_max_length == 256
+
+
+def test_a_chat_template_by_its_path(base, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    content = {"base": {"model": base, "chat": True, "chat_template": str(file)}}
+    content["experts"] = {"a": {"data": {"skill": "sql"}}}
+    tokenizer = load_tokenizer(parse_recipe(content))
+    example = Example([{"role": "user", "content": "ab"}], "cd")
+    assert encode(example, tokenizer, chat=True)[0] == tokenizer("abcd", add_special_tokens=False).input_ids

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from dylora_moe import CheckpointError
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import load_recipe, parse_recipe
 from dylora_moe.training.recipe.sections import Recipe
+from dylora_moe.training.run.arguments import resolved
 from dylora_moe.training.run.folder import differences
 from dylora_moe.training.run.job import Job
 from runs import QUIET, run, tensors
@@ -79,7 +81,61 @@ def test_environment_and_recipe_are_kept(content, tmp_path):
     assert environment["versions"]["torch"] == torch.__version__
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert isinstance(kept, Recipe)
-    assert kept.to_dict() == parse_recipe(content(max_steps=1)).to_dict()
+    assert resolved(kept, 256) == resolved(parse_recipe(content(max_steps=1)), 256)
+    assert kept.train.arguments["max_length"] == 256  # the base's context
+
+
+def test_a_run_begun_when_fewer_keys_were_written_still_resumes(content, tmp_path):
+    """Its recipe had the keys of its own and what it set, and no field of SFTConfig beside that."""
+    recipe = parse_recipe(content(max_steps=2))
+    run(content(max_steps=2))
+    written = recipe.to_dict()
+    for key in ("quantization", "chat_template", "attn_implementation", "device_map", "trust_remote_code"):
+        del written["base"][key]
+    for expert in written["experts"].values():
+        for key in ("template", "test_columns", "test_template"):
+            del expert["data"][key]
+    file = tmp_path / "run" / "recipe.yaml"
+    file.write_text(yaml.safe_dump(written, sort_keys=False))
+    assert run(content(max_steps=2), resume=True).results.columns
+    file.write_text(yaml.safe_dump({**written, "train": {**written["train"], "weight_decay": 0.5}}))
+    with pytest.raises(RecipeError, match=r"train\.weight_decay was 0\.5, is None"):
+        run(content(max_steps=2), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 3000, r"recipe\.yaml: nested too deeply"),
+        ("experts: null", r"recipe\.yaml: experts: none given"),
+        ("base: 3\nexperts: {a: {data: {skill: sql}}}", r"recipe\.yaml: base: expected a mapping, got 3"),
+        ("at: 2020-99-99", r"recipe\.yaml: not valid YAML: month must be"),
+        ("seed: [1,", r"recipe\.yaml: not valid YAML"),
+    ],
+)
+def test_a_recipe_of_a_run_that_is_none_is_named(content, tmp_path, text, message):
+    Job(parse_recipe(content()), QUIET).begin()
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        run(content(), resume=True)
+
+
+@pytest.mark.parametrize("text", ["null", "{}", "[1]", "[" * 100000])
+def test_a_history_without_rows_is_named(content, tmp_path, text):
+    job = Job(parse_recipe(content()), QUIET)
+    folder = job.folder.stage(job.stages[0])
+    folder.mkdir(parents=True)
+    (folder / "history.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"joint/history\.json is damaged"):
+        job.folder.history(job.stages)
+
+
+def test_an_environment_with_null_where_a_mapping_belongs_is_named(content, tmp_path):
+    run(content(max_steps=1))
+    file = tmp_path / "run" / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "data": ["x"]}))
+    with pytest.raises(CheckpointError, match=r"environment\.json: 'data' holds \['x'\]; expected a mapping"):
+        run(content(max_steps=1), resume=True)
 
 
 @pytest.mark.parametrize(("name", "text"), [("recipe.yaml", ""), ("environment.json", "[]"), ("environment.json", "")])

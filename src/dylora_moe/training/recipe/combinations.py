@@ -93,6 +93,11 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "it needs train.eval_strategy and train.load_best_model_at_end: true.",
         ),
         (
+            "base.quantization",
+            recipe.base.quantization and importlib.util.find_spec("bitsandbytes") is None,
+            "bitsandbytes is not installed: pip install bitsandbytes.",
+        ),
+        (
             "train.report_to",
             missing,
             f"{', '.join(missing)} is not installed: pip install {' '.join(missing)}.",

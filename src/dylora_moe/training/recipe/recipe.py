@@ -20,7 +20,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, parse_yaml
+from dylora_moe.data.sources import files_of
+from dylora_moe.schema import RecipeError, build, check_keys, check_mapping, check_value, join, nearest, parse_yaml
 
 from .bounds import check_arguments
 from .combinations import check_combinations
@@ -28,13 +29,13 @@ from .sections import BaseRecipe, ExpertRecipe, Recipe, TrainRecipe
 
 _OWN_TRAIN_KEYS = {f.name for f in dataclasses.fields(TrainRecipe)} - {"arguments"}
 # Settings of the libraries that a recipe decides elsewhere, and where.
-_MIXTURE_ELSEWHERE = {
+MIXTURE_ELSEWHERE = {
     "num_experts": "it follows from `experts`",
     "expert_names": "the keys of `experts` are the names",
     "base_model_name_or_path": "set `base.model`",
     "revision": "set `base.revision`",
 }
-_MIXTURE_INTERNAL = {
+MIXTURE_INTERNAL = {
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -42,14 +43,19 @@ _MIXTURE_INTERNAL = {
     "inference_mode",
     "runtime_config",
 }
-_TRAIN_ELSEWHERE = {
+OF_A_DATASET = (
+    *("path", "name", "split", "test_split", "revision"),
+    *("columns", "template", "test_columns", "test_template", "filter"),
+)
+"""Keys of `data` that say where a data set's rows are and what they look like."""
+TRAIN_ELSEWHERE = {
     "output_dir": "set `output`",
     "seed": "set the top-level `seed`",
     "resume_from_checkpoint": "resume is asked for on the command line",
     "dataset_text_field": "set `experts.NAME.data.columns: {text: …}`",
     "dataset_kwargs": "the data is handed over tokenised",
     "assistant_only_loss": "of `messages` only the assistant's turns are learnt anyway",
-    "chat_template_path": "the chat template is the base's; set `base.chat`",
+    "chat_template_path": "set `base.chat_template`",
     "eos_token": "it is the base's",
 }
 
@@ -77,15 +83,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with every `a.b=value` put in place; values are read as YAML.
 
+    `experts.NAME.data.train=FILE` takes the place of a `path`: what says where in that data set the rows lie, and how
+    their columns are called, goes with it.
+
     Raises:
-        RecipeError: an override without `=` or key, or one that descends into something that is no mapping.
+        RecipeError: an override without `=` or key, one that descends into something that is no mapping, or one of an
+            expert that there is not (`experts.NAME={…}` as a whole adds one).
     """
     result = deepcopy(dict(data))
-    for override in overrides:
-        place, equals, text = override.partition("=")
-        keys = place.strip().split(".")
-        if not equals or not all(keys):
-            raise RecipeError(f"override {override!r}: expected KEY.KEY=VALUE, for example train.max_steps=5.")
+    split = [(override, *_split_override(override)) for override in overrides]
+    for _, keys, _ in split:
+        if len(keys) == 4 and (keys[0], *keys[2:]) == ("experts", "data", "train"):
+            _leave_dataset(result, keys[1])
+    for override, keys, text in split:
+        experts = result.get("experts")
+        if keys[0] == "experts" and len(keys) > 2 and experts and isinstance(experts, dict) and keys[1] not in experts:
+            known = ", ".join(map(str, experts))
+            raise RecipeError(
+                f"override {override!r}: no expert {keys[1]!r}.{nearest(keys[1], map(str, experts))} Experts: {known}."
+            )
         node = result
         for depth, key in enumerate(keys[:-1], start=1):
             if node.get(key) is None:
@@ -95,6 +111,24 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
                 raise RecipeError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, not a mapping.")
         node[keys[-1]] = parse_yaml(text, f"override {override!r}")
     return result
+
+
+def _split_override(override: str) -> tuple[list[str], str]:
+    place, equals, text = override.partition("=")
+    keys = place.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: expected KEY.KEY=VALUE, for example train.max_steps=5.")
+    return keys, text
+
+
+def _leave_dataset(recipe: dict[str, Any], name: str) -> None:
+    """Take out of an expert's data what goes with its `path`."""
+    experts = recipe.get("experts")
+    expert = experts.get(name) if isinstance(experts, dict) else None
+    data = expert.get("data") if isinstance(expert, dict) else None
+    if isinstance(data, dict) and data.get("path") is not None:
+        for key in OF_A_DATASET:
+            data.pop(key, None)
 
 
 def parse_recipe(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
@@ -132,7 +166,7 @@ def _check_trainer_fields(arguments: Mapping[str, Any]) -> None:
         from trl import SFTConfig
     except ImportError as error:
         raise RecipeError("train: TRL is missing; pip install 'dylora-moe[train]'.") from error
-    _check_library_fields(arguments, SFTConfig, "train", _TRAIN_ELSEWHERE, own=_OWN_TRAIN_KEYS)
+    _check_library_fields(arguments, SFTConfig, "train", TRAIN_ELSEWHERE, own=_OWN_TRAIN_KEYS)
 
 
 def _check_mixture(recipe: Recipe) -> None:
@@ -140,7 +174,9 @@ def _check_mixture(recipe: Recipe) -> None:
 
     from dylora_moe.config import CHANGEABLE, MoELoraConfig
 
-    _check_library_fields(recipe.mixture, MoELoraConfig, "mixture", _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
+    _check_library_fields(
+        recipe.mixture, MoELoraConfig, "mixture", MIXTURE_ELSEWHERE, hidden=MIXTURE_INTERNAL, parent=LoraConfig
+    )
     if recipe.start is not None:
         for key in recipe.mixture:
             if key not in CHANGEABLE:
@@ -151,11 +187,16 @@ def _check_mixture(recipe: Recipe) -> None:
     config = recipe.mixture_config()
     for name, expert in recipe.experts.items():
         path = f"experts.{name}.lora"
-        _check_library_fields(expert.lora, LoraConfig, path, _MIXTURE_ELSEWHERE, hidden=_MIXTURE_INTERNAL)
+        _check_library_fields(expert.lora, LoraConfig, path, MIXTURE_ELSEWHERE, hidden=MIXTURE_INTERNAL)
         try:
             config.expert_config(**expert.lora)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{path}: {error}") from error
+
+
+def library_fields(cls: type, without: set[str]) -> set[str]:
+    """The names of a dataclass' fields that can be given."""
+    return {f.name for f in dataclasses.fields(cls) if f.init} - without
 
 
 def _check_library_fields(
@@ -165,13 +206,28 @@ def _check_library_fields(
     elsewhere: Mapping[str, str],
     own: Iterable[str] = (),
     hidden: Iterable[str] = (),
+    parent: type | None = None,
 ) -> None:
-    """Check keys and types of `values` against the dataclass `cls` of a library, without making an instance."""
+    """Check keys and types of `values` against the dataclass `cls` of a library, without making an instance.
+
+    Args:
+        values: what the recipe gives.
+        cls: the dataclass.
+        path: of the section.
+        elsewhere: fields that a recipe sets in another place, and where.
+        own: further keys of the section.
+        hidden: fields that no recipe sets.
+        parent: the library's class, where `cls` is ours and adds to it.
+    """
     for key in values:
         if key in elsewhere:
             raise RecipeError(f"{join(path, key)}: not set here; {elsewhere[key]}.")
-    fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(elsewhere) - set(hidden)
-    check_keys(values, fields | set(own), path)
+    fields = library_fields(cls, {*elsewhere, *hidden})
+    inherited = fields & library_fields(parent, set()) if parent else fields
+    owner = parent or cls
+    check_keys(
+        values, (fields - inherited) | set(own), path, inherited, f"{owner.__module__.split('.')[0]}.{owner.__name__}"
+    )
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if not (key == "fsdp" and value is True):  # allowed, though its type hint says otherwise
@@ -187,11 +243,13 @@ def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
         return expert
     for key in ("train", "test"):
         value = getattr(expert.data, key)
-        if isinstance(value, str):
-            existing = [path for path in _candidates(folder, value) if path.is_file()]
-            if not existing:
-                raise RecipeError(f"experts.{name}.data.{key}: no file {value!r}; looked for {_tried(folder, value)}.")
-            found[key] = str(existing[0].resolve())
+        if isinstance(value, str | list):
+            files = [file for entry in ([value] if isinstance(value, str) else value) for file in _files(folder, entry)]
+            if missing := [entry for entry, found_file in files if found_file is None]:
+                place = f"experts.{name}.data.{key}"
+                raise RecipeError(f"{place}: no file {missing[0]!r}; looked for {_tried(folder, missing[0])}.")
+            paths = [str(file) for _, file in files]
+            found[key] = paths[0] if isinstance(value, str) and len(paths) == 1 else paths
     if (value := expert.data.path) is not None:
         existing = [path for path in _candidates(folder, value) if path.exists()]
         if existing and not existing[0].is_dir():
@@ -204,12 +262,26 @@ def _find_data(name: str, expert: ExpertRecipe, folder: Path) -> ExpertRecipe:
 
 
 def _found_base(base: BaseRecipe, folder: Path) -> BaseRecipe:
-    if base.model in (None, "embedded"):
+    if base.chat_template is not None:
+        found = next((path for path in _candidates(folder, base.chat_template) if path.is_file()), None)
+        if found is None:
+            tried = _tried(folder, base.chat_template)
+            raise RecipeError(f"base.chat_template: no file {base.chat_template!r}; looked for {tried}.")
+        base = dataclasses.replace(base, chat_template=str(found.resolve()))
+    if base.model is None or base.model == "embedded":
         return base
     found = _found_folder(base.model, folder)
     if base.model.startswith(("/", ".", "~")) and not Path(found).is_dir():
         raise RecipeError(f"base.model: no folder {base.model!r}; looked for {_tried(folder, base.model)}.")
     return dataclasses.replace(base, model=found)
+
+
+def _files(folder: Path, entry: str) -> list[tuple[str, Path | None]]:
+    """The files that a name or a pattern stands for beside the recipe, else here."""
+    for candidate in _candidates(folder, entry):
+        if files := [Path(file) for file in files_of(str(candidate)) if Path(file).is_file()]:
+            return [(entry, file.resolve()) for file in files]
+    return [(entry, None)]
 
 
 def _candidates(folder: Path, value: str) -> list[Path]:

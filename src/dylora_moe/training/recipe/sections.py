@@ -33,12 +33,29 @@ class BaseRecipe:
         revision: commit, branch or tag on the hub.
         dtype: the type its weights are loaded in.
         chat: wrap every prompt in the tokenizer's chat template; otherwise the text is used as it is.
+        chat_template: a file with the chat template (Jinja) to use in place of the tokenizer's.
+        quantization: `4bit` (NF4, double quantized) or `8bit`: its weights are held in so many bits, by bitsandbytes.
+        attn_implementation: of the attention, for example `sdpa`, `eager` or `flash_attention_2`; default
+            transformers' choice.
+        device_map: where its parts go: `auto`, a device, or a mapping of module to device; default one device.
+        trust_remote_code: run the code that comes with the model.
     """
 
     model: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     chat: bool = False
+    chat_template: str | None = None
+    quantization: Literal["4bit", "8bit", 4, 8] | None = None
+    attn_implementation: str | None = None
+    device_map: str | dict[str, int | str] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.quantization, int):
+            object.__setattr__(self, "quantization", f"{self.quantization}bit")
+        if self.chat_template is not None and not self.chat:
+            raise ValueError(f"chat_template={self.chat_template!r} is for `chat: true`; set that, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ class Recipe:
         if expert is not None and expert not in self.experts:
             raise ValueError(f"train.expert: no expert {expert!r} in `experts`.{nearest(expert, self.experts)}")
         for name, data in self.data.items():
-            for form in set(data.columns) & {"messages", "text"}:
+            for form in data.forms & {"messages", "text"}:
                 self.check_form(name, form, data.has_test)
 
     @property

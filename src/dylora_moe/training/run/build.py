@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dylora_moe.base.embedded import resolve_base
+from dylora_moe.base.embedded import EMBEDDED, MODEL, resolve_base
 from dylora_moe.base.loading import load_base
 from dylora_moe.checkpoint.files import CheckpointError, local_folder, read_json
 from dylora_moe.checkpoint.mixture import CONFIG_FILE
 from dylora_moe.data.examples import Example
 from dylora_moe.data.sources import load_examples
 from dylora_moe.model import DyLoraMoE
+from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.sections import Recipe
 
 
@@ -49,9 +51,36 @@ def base_name(recipe: Recipe) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
+def base_title(recipe: Recipe) -> str:
+    """The base as a reader knows it."""
+    name = base_name(recipe)
+    return f"{name} ({MODEL})" if name == EMBEDDED else name
+
+
+def code_options(recipe: Recipe) -> dict[str, Any]:
+    """What configuration, tokenizer and weights of the base are all loaded with."""
+    base = recipe.base
+    revision = {"revision": base.revision} if base.revision else {}
+    return revision | ({"trust_remote_code": True} if base.trust_remote_code else {})
+
+
+def loading_options(recipe: Recipe) -> dict[str, Any]:
+    """What the base's weights are loaded with."""
+    base = recipe.base
+    given = {"attn_implementation": base.attn_implementation, "device_map": base.device_map}
+    options = {**code_options(recipe), **{key: value for key, value in given.items() if value is not None}}
+    dtype = getattr(torch, base.dtype)
+    if base.quantization == "4bit":
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four)
+    elif base.quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    return {**options, "dtype": dtype}
+
+
 def base_of(recipe: Recipe) -> PreTrainedModel:
     """The recipe's base, loaded."""
-    return load_base(base_name(recipe), {"dtype": getattr(torch, recipe.base.dtype), **_revision(recipe)})[0]
+    return load_base(base_name(recipe), loading_options(recipe))[0]
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -59,15 +88,23 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: there is no such base.
+        RecipeError: `max_length` is beyond the base's context.
     """
-    path = resolve_base(base_name(recipe))
-    revision = _revision(recipe)
+    path, options = resolve_base(base_name(recipe)), code_options(recipe)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-        config = AutoConfig.from_pretrained(path, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
     except OSError as error:
         raise ValueError(f"base.model: {path!s} is no folder here, and the hub did not deliver it: {error}") from error
+    if recipe.base.chat_template is not None:
+        tokenizer.chat_template = Path(recipe.base.chat_template).read_text(encoding="utf-8")
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    wanted = recipe.train.arguments.get("max_length")
+    if context and wanted and wanted > context:
+        raise RecipeError(
+            f"train.max_length={wanted}: {base_title(recipe)} has {context} positions (max_position_embeddings); give "
+            "at most that, or leave it out to use them all."
+        )
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     if tokenizer.pad_token_id is None:
@@ -111,7 +148,3 @@ def single_lora_config(mixture: DyLoraMoE) -> LoraConfig:
         layers_to_transform=None,
         exclude_modules=None,
     )
-
-
-def _revision(recipe: Recipe) -> dict[str, str]:
-    return {"revision": recipe.base.revision} if recipe.base.revision else {}

@@ -21,17 +21,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.checkpoint.files import CheckpointError, read_json, write_file
 from dylora_moe.checkpoint.mixture import CARD_FILE, CONFIG_FILE, ROUTER_FILE
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.schema import RecipeError
+from dylora_moe.schema import RecipeError, parse_yaml
 from dylora_moe.training.recipe.methods import Stage
+from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.recipe.sections import SECRETS, Recipe
 from dylora_moe.training.trainer.checkpoints import COMPLETE_FILE, last_complete, mark_complete
 
+from .arguments import recipe_text, resolved
 from .lock import FolderLock
 
 RECIPE_FILE = "recipe.yaml"
@@ -58,12 +58,13 @@ class RunFolder:
         self.path = Path(recipe.output)
         self.lock = FolderLock(self.path)
 
-    def check(self, resume: bool, data: Mapping[str, str]) -> None:
+    def check(self, resume: bool, data: Mapping[str, str], context: int) -> None:
         """Whether the run can begin, or with `resume` be gone on with.
 
         Args:
             resume: the run was begun before.
             data: domain → fingerprint of its training examples.
+            context: the longest sequence the base was made for, in tokens.
 
         Raises:
             ValueError: the folder is a file, or holds unfinished work and `resume` is not asked for.
@@ -73,7 +74,7 @@ class RunFolder:
         if self.path.is_file():
             raise ValueError(f"output: {self.path} is a file; give a folder.")
         if resume:
-            self._check_same(data)
+            self._check_same(data, context)
             return
         begun = [folder for folder in self._stage_folders() if last_complete(folder) or is_finished(folder)]
         if begun and not self.is_finished:
@@ -82,7 +83,7 @@ class RunFolder:
                 "--output, or remove the folder."
             )
 
-    def start(self, data: Mapping[str, str]) -> bool:
+    def start(self, data: Mapping[str, str], context: int) -> bool:
         """Begin the run; whether a finished one was replaced.
 
         Raises:
@@ -94,8 +95,7 @@ class RunFolder:
             for name in (RESULTS_FILE, HISTORY_FILE):
                 (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
-            write_file(self.path / RECIPE_FILE, text)
+            write_file(self.path / RECIPE_FILE, recipe_text(self.recipe, context))
             write_file(self.path / ENVIRONMENT_FILE, json.dumps(self._environment(data), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}. Nothing was trained.") from error
@@ -143,21 +143,28 @@ class RunFolder:
         remedy = "Without it the run cannot be resumed; put it back, or start afresh with another --output."
         file = self.path / RECIPE_FILE
         try:
-            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+            recipe = parse_yaml(file.read_text(encoding="utf-8"), str(file))
             environment = read_json(self.path / ENVIRONMENT_FILE)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} holds no run to resume ({error.filename} is missing).") from error
         except CheckpointError as error:
             raise CheckpointError(f"{error} {remedy}") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error} {remedy}") from error
         if not isinstance(recipe, dict):
             raise CheckpointError(f"{file} is empty or damaged. {remedy}")
         return recipe, environment
 
-    def _check_same(self, data: Mapping[str, str]) -> None:
-        before, environment = self._begun_with()
-        now = self.recipe.to_dict()
+    def _check_same(self, data: Mapping[str, str], context: int) -> None:
+        saved, environment = self._begun_with()
+        try:  # a run may have been begun when fewer keys, and fewer defaults, were written
+            before = resolved(parse_recipe(saved), context)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path / RECIPE_FILE}: {error} The run cannot be resumed with it; put the file back, or start "
+                "afresh with another --output."
+            ) from error
+        now = resolved(self.recipe, context)
         for key in FREE_TO_CHANGE:
             before.pop(key, None)
             now.pop(key, None)
@@ -167,10 +174,13 @@ class RunFolder:
                 f"{self.path} was begun with another recipe, so it cannot be resumed: {'; '.join(changed)}. Go back to "
                 "these values, or start afresh with another --output."
             )
-        for name, before in (environment.get("data") or {}).items():
-            if data.get(name) != before:
+        begun_with = environment.get("data") or {}
+        if not isinstance(begun_with, dict):
+            raise CheckpointError(f"{self.path / ENVIRONMENT_FILE}: 'data' holds {begun_with!r}; expected a mapping.")
+        for name, fingerprint in begun_with.items():
+            if data.get(name) != fingerprint:
                 raise RecipeError(
-                    f"{self.path} was begun with other data for {name!r} ({before}; now {data.get(name)}), so it "
+                    f"{self.path} was begun with other data for {name!r} ({fingerprint}; now {data.get(name)}), so it "
                     "cannot be resumed. Bring the old data back, or start afresh with another --output."
                 )
         if environment.get("world_size") != self.world_size:
@@ -223,10 +233,14 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
 def _read_history(file: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is damaged: {error}. Write [] into it to go on without what that stage logged."
         ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CheckpointError(
+            f"{file} is damaged: it holds no list of rows. Write [] into it to go on without what that stage logged."
+        )
     return rows
 
 

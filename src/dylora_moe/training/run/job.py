@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from rich.console import Console
@@ -30,8 +29,16 @@ from dylora_moe.training.trainer.distributed import one_device
 from dylora_moe.training.trainer.schedule import TemperatureSchedule
 from dylora_moe.training.trainer.trainer import MoETrainer
 
-from .arguments import trainer_arguments
-from .build import base_of, build_mixture, load_recipe_examples, load_tokenizer, single_lora_config
+from .arguments import keep_intervals, trainer_arguments
+from .build import (
+    base_of,
+    base_title,
+    build_mixture,
+    load_recipe_examples,
+    load_tokenizer,
+    loading_options,
+    single_lora_config,
+)
 from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished
 from .lock import FolderLock
 from .measure import Measurement
@@ -101,7 +108,7 @@ class Job:
         """Read the data and begin the run's folder, or check that the run there can be gone on with."""
         with self._phase("data"):
             self.read_data()
-        self.folder.check(resume, self.rows)
+        self.folder.check(resume, self.rows, self.context)
         for stage in self.stages:
             self.arguments(stage)
         if not resume:
@@ -138,6 +145,7 @@ class Job:
         """Read and check all examples: mistakes show here, before anything is written or a model is loaded."""
         if hasattr(self, "tokenizer"):
             return
+        self.console.print(f"Base: {base_title(self.recipe)}", highlight=False, markup=False)
         self.train, self.test = load_recipe_examples(self.recipe)
         self.tokenizer = load_tokenizer(self.recipe)
         too_long, held_out = self.recipe.train.too_long, self.recipe.train.validation
@@ -180,7 +188,7 @@ class Job:
     def _run_all(self, resume: bool) -> DyLoraMoE:
         """Train all stages that are not finished; the mixture with their outcome."""
         if self.is_main:
-            self.folder.check(resume, self.rows)
+            self.folder.check(resume, self.rows, self.context)
         self._join(self.stages[0])
         with self._phase("load"):
             mixture = self._build()
@@ -197,7 +205,7 @@ class Job:
 
     def _run_alone(self, stage: Stage) -> None:
         """Train one stage of a run that was begun, on top of what the stages before it trained."""
-        self.folder.check(True, self.rows)
+        self.folder.check(True, self.rows, self.context)
         missing = [earlier.name for earlier in self._before(stage) if not is_finished(self.folder.stage(earlier))]
         if missing:
             raise ValueError(
@@ -225,7 +233,7 @@ class Job:
         return self.stages[: self.stages.index(stage)] if stage.router else []
 
     def _start(self) -> None:
-        if self.folder.start(self.rows):
+        if self.folder.start(self.rows, self.context):
             self.console.print(f"The finished run in {self.folder.path} is replaced.", highlight=False)
 
     def _join(self, stage: Stage) -> None:
@@ -255,7 +263,10 @@ class Job:
         folder = self.folder.stage(stage)
         if not is_finished(folder):
             trainer = trainer or self._trainer(mixture, stage)
-            trainer.train(resume_from_checkpoint=resume and last_complete(folder) is not None)
+            checkpoint = last_complete(folder) if resume else None
+            if checkpoint is not None:
+                keep_intervals(trainer.args, checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint is not None)
             try:
                 trainer.save_model(str(folder / TRAINED))
                 if self.is_main:
@@ -338,7 +349,7 @@ class Job:
             metric = METRICS[results.metric].sentence
             mixture.save_pretrained(self.folder.path, results=results.columns, metric=metric)
             self.tokenizer.save_pretrained(self.folder.path)
-            again = DyLoraMoE.from_pretrained(str(self.folder.path), dtype=getattr(torch, self.recipe.base.dtype))
+            again = DyLoraMoE.from_pretrained(str(self.folder.path), **loading_options(self.recipe))
             results.reloaded_identical = measurement.same_answers(mixture, again)
             del again
         if self.recipe.eval.baseline:

@@ -17,7 +17,8 @@ from dylora_moe.reports import ParameterReport
 from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.trainer.collator import DOMAIN
 
-from .build import base_name, build_mixture
+from .arguments import recipe_text
+from .build import base_name, base_title, build_mixture, code_options
 from .job import Job
 from .stages import set_trainable, thaw
 
@@ -54,8 +55,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run: its parameters and its stages."""
+    """A whole run: its base, its resolved recipe, its parameters and its stages."""
 
+    base: str
+    recipe: str
     parameters: ParameterReport
     router_layer: int | str
     stages: list[StagePlan]
@@ -69,9 +72,10 @@ def plan(recipe: Recipe) -> Plan:
     """
     job = Job(recipe, Console(quiet=True))
     job.read_data()
-    config = AutoConfig.from_pretrained(resolve_base(base_name(recipe)))
+    options = code_options(recipe)
+    config = AutoConfig.from_pretrained(resolve_base(base_name(recipe)), **options)
     with torch.device("meta"):
-        mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config))
+        mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config, **options))
     frozen, stages = set(mixture.frozen_experts), []
     for stage in job.stages:
         arguments = job.arguments(stage)
@@ -90,7 +94,8 @@ def plan(recipe: Recipe) -> Plan:
         per_step = tokens * seen / epoch
         stages.append(StagePlan(stage.name, trainable, rows, tokens, steps, batch * accumulated, per_step, passes))
     thaw(mixture, frozen)
-    return Plan(mixture.parameter_report(), mixture.router_layer, stages)
+    text = recipe_text(recipe, job.context)
+    return Plan(base_title(recipe), text, mixture.parameter_report(), mixture.router_layer, stages)
 
 
 def _batch(arguments: SFTConfig, world_size: int) -> int:
