@@ -167,7 +167,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """
 
     def decoded(count: int) -> str:
-        return str(tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False))
+        return str(tokenizer.decode(list(ids[:count]), clean_up_tokenization_spaces=False))
 
     text = decoded(len(ids))
     ends = [*accumulate((_shared(text, decoded(count)) for count in range(len(ids))), max), len(text)]
