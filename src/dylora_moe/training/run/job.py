@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from peft import get_peft_model
@@ -265,7 +265,7 @@ class Job:
             trainer = trainer or self._trainer(mixture, stage)
             checkpoint = last_complete(folder) if resume else None
             if checkpoint is not None:
-                keep_intervals(trainer.args, checkpoint)
+                keep_intervals(cast(SFTConfig, trainer.args), checkpoint)
             trainer.train(resume_from_checkpoint=checkpoint is not None)
             try:
                 trainer.save_model(str(folder / TRAINED))
