@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
@@ -58,18 +58,18 @@ from .routing.router import Router
 from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, whole
 
-P, R = ParamSpec("P"), TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def in_turn(method: Callable[Concatenate[DyLoraMoE, P], R]) -> Callable[Concatenate[DyLoraMoE, P], R]:
+def in_turn(method: Method) -> Method:
     """A method that changes the experts waits until no other thread is inside the model."""
 
     @functools.wraps(method)
-    def waiting(self: DyLoraMoE, *args: P.args, **kwargs: P.kwargs) -> R:
+    def waiting(self: DyLoraMoE, *args: Any, **kwargs: Any) -> Any:
         with self.holder.lock.turn():
             return method(self, *args, **kwargs)
 
-    return waiting
+    return cast(Method, waiting)
 
 
 class DyLoraMoE(PeftModelForCausalLM):

@@ -49,7 +49,9 @@ def softmax_of_best(logits: Tensor, k: int | None, temperature: float | Tensor) 
     return Shares(dense(logits.masked_fill(dropped, float("-inf")), temperature), best)
 
 
-POLICIES: dict[str, Callable[[Tensor, int | None, float | Tensor], tuple[Tensor, Tensor | None]]] = {"top_k": softmax_of_best}
+POLICIES: dict[str, Callable[[Tensor, int | None, float | Tensor], tuple[Tensor, Tensor | None]]] = {
+    "top_k": softmax_of_best
+}
 """Name → `(logits, k, temperature)` → values and kept outputs, as in `Shares`; k is None where all are kept."""
 
 
