@@ -62,6 +62,11 @@ _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("dylora_moe_scopes", default
 """The blocks that this thread or task is in, the innermost last; read where a call begins, never in compiled code."""
 
 
+def _scopes() -> tuple[Scope, ...]:
+    """The blocks around a call that begins here; a compiled graph reads no context variable and knows none."""
+    return () if torch.compiler.is_compiling() else _SCOPES.get()
+
+
 class PassHooks:
     """Decides what every pass of one mixture uses, and puts it in force.
 
@@ -141,17 +146,15 @@ class PassHooks:
     @property
     def forced(self) -> str | None:
         """What a pass that begins here is forced to if it says nothing itself."""
-        return next((s.forced for s in reversed(_SCOPES.get()) if s.owner is self and s.forced is not None), None)
+        return next((s.forced for s in reversed(_scopes()) if s.owner is self and s.forced is not None), None)
 
     @property
     def trace(self) -> RoutingTrace | None:
         """What records a pass that begins here."""
-        return next((s.trace for s in reversed(_SCOPES.get()) if s.owner is self and s.trace is not None), None)
+        return next((s.trace for s in reversed(_scopes()) if s.owner is self and s.trace is not None), None)
 
     def new_call(self) -> Call:
         """The call of a pass that nobody announced, for example TRL's of the inner model."""
-        if torch.compiler.is_compiling():
-            return Call()
         return Call(experts=self.forced, trace=self.trace)
 
     @contextmanager
