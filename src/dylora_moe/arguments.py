@@ -102,8 +102,8 @@ def check_are_tensors(**values: Any) -> None:
             raise TypeError(f"{key} must be a tensor, not a {type(value).__name__}; unpack a batch: model(**batch).")
 
 
-def has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of a call say that one row holds several sequences."""
+def packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool | Tensor:
+    """Whether the arguments of a call say that one row holds several sequences; a bool scalar if their values do."""
     if any(kwargs.get(key) is not None for key in ("seq_idx", "cu_seq_lens_q", "cu_seqlens")):
         return True
     positions = kwargs.get("position_ids")
@@ -112,7 +112,7 @@ def has_packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bo
     starts = positions == 0
     if attention_mask is not None and attention_mask.shape == starts.shape:
         starts = starts & attention_mask.bool()  # generate gives padding position 0, too
-    return bool((starts.sum(-1) > 1).any())
+    return (starts.sum(-1) > 1).any()
 
 
 def exits_early(args: Any, kwargs: Any, default: Any) -> bool:

@@ -73,7 +73,6 @@ from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, shard_like, whole
 
 logger = logging.getLogger(__name__)
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -60,3 +60,14 @@ def test_rows_packed_by_their_positions_cannot_share_a_sequences_routing():
     ids, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(ValueError, match="packed rows hold several sequences"):
         model.get_base_model()(ids, position_ids=positions)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_refuses_them_too(backend):
+    torch._dynamo.reset()
+    model = tiny_mixture("llama", granularity="sequence").eval()
+    model.compile(backend=backend, fullgraph=True)
+    ids, alone = torch.tensor([[5, 6, 7, 8, 9]]), torch.arange(5)[None]
+    model(ids, position_ids=alone)
+    with pytest.raises(RuntimeError, match="packed rows hold several sequences"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))

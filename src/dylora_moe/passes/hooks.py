@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dylora_moe.arguments import has_packed_rows, repeat_rows
+from dylora_moe.arguments import packed_rows, repeat_rows
 from dylora_moe.base.placement import Placement
 from dylora_moe.config import MoELoraConfig
 from dylora_moe.experts.expert_set import ExpertSet
@@ -41,6 +41,10 @@ from .first_pass import first_pass, tokens_in
 
 BARE = InForce(forced=())
 """The bare base."""
+PACKED_ROWS = (
+    'packed rows hold several sequences, which cannot share one sequence\'s routing; granularity="token" has no such '
+    "limit."
+)
 
 
 @dataclass
@@ -251,11 +255,13 @@ class PassHooks:
             return self._decide(repeat_rows(call.held, rows.batch), rows)
         if not GRANULARITIES[self.config.granularity].per_sequence:
             return None
-        if kwargs.get("cache") is not None or has_packed_rows(call.mask_of(kwargs), kwargs):
-            raise ValueError(
-                'packed rows hold several sequences, which cannot share one sequence\'s routing; granularity="token" '
-                "has no such limit."
-            )
+        if kwargs.get("cache") is not None:
+            raise ValueError(PACKED_ROWS)
+        packed = packed_rows(call.mask_of(kwargs), kwargs)
+        if torch.compiler.is_compiling() and isinstance(packed, Tensor):
+            torch._assert_async(~packed, PACKED_ROWS)  # a graph does not wait for a value
+        elif packed:
+            raise ValueError(PACKED_ROWS)
         if tokens_in(kwargs.get(str(self.placement.cache_argument))):
             raise ValueError(
                 "sequence granularity decides on the prompt, which is in the cache already: generate with "
