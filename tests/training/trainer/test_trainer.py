@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
-from dylora_moe.routing import load
+from dylora_moe.routing.losses import load
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 from trainers import run

@@ -315,13 +315,15 @@ class MoETrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs, domains = self._split_domains(inputs)
+        of_base = 0.0
         if self.label_smoother is not None and cast(SFTConfig, self.args).loss_type == "nll":
             loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
+            of_base = self._base_aux_loss()
         if self.mixture.training:
-            loss = loss + self._router_loss(loss, domains, num_items_in_batch)
+            loss = loss + self._router_loss(loss, of_base, domains, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _split_domains(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
@@ -354,13 +356,26 @@ class MoETrainer(SFTTrainer):
         self._metrics["train" if self.mixture.training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return loss, outputs
 
-    def _router_loss(self, lm_loss: Tensor, domains: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+    def _base_aux_loss(self) -> float:
+        """What TRL has just added for the base's own experts, with its coefficient; logged under a name of its own."""
+        if not self.aux_loss_enabled:
+            return 0.0
+        metrics = self._metrics["train" if self.mixture.training else "eval"]
+        *ours, value = metrics.pop("aux_loss")
+        if ours:
+            metrics["aux_loss"] = ours
+        metrics["base_aux_loss"].append(value)
+        return self.router_aux_loss_coef * value
+
+    def _router_loss(
+        self, base_loss: Tensor, of_base: float, domains: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
         """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
         metrics = self._metrics["train"]
         parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
-        metrics["lm_loss"].append(float(average(lm_loss)) * parts)
+        metrics["lm_loss"].append(float(average(base_loss)) * parts - of_base)
         self.router_losses.collect(domains)
-        zero = lm_loss.new_zeros(())
+        zero = base_loss.new_zeros(())
         if not self.accelerator.sync_gradients:
             return zero
         loss, logged = self.router_losses.of_step()
@@ -372,7 +387,7 @@ class MoETrainer(SFTTrainer):
         loss = times_processes(loss)
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
-        return loss.to(lm_loss.device)
+        return loss.to(base_loss.device)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
