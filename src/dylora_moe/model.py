@@ -233,6 +233,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file, or a newer format.
         """
+        if not isinstance(directory, (str, Path)):
+            raise TypeError(
+                f"from_pretrained takes a checkpoint's folder or hub id, then base=..., not {type(directory).__name__}."
+            )
         folder, known = read_description(directory)
         if base is None:
             if not known.base_name:
