@@ -33,7 +33,7 @@ def test_a_run_without_a_step_is_refused_before_it_starts(content, tmp_path):
     """The second stage makes none: neither is the first one trained."""
     few = {"per_device_train_batch_size": 4, "dataloader_drop_last": True}
     recipe = content(**STAGED, **few)
-    next(reversed(recipe["experts"].values()))["data"]["limit"] = 3
+    next(reversed(recipe["experts"].values()))["data"]["train"] = 3
     for start in (lambda: plan(parse_recipe(recipe)), lambda: run(recipe)):
         with pytest.raises(ValueError, match="stage expert-cart would make no optimizer step: 3 rows do not fill"):
             start()
