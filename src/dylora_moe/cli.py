@@ -79,6 +79,7 @@ def train(
 
     Example: [bold]dylora-moe train recipes/skills.yaml --set train.max_steps=60 --output runs/short[/]
     """
+    from .training.recipe.methods import METHODS
     from .training.recipe.recipe import load_recipe
     from .training.run import launch
     from .training.run.job import Job
@@ -87,7 +88,8 @@ def train(
     if baseline:
         overrides.append("eval.baseline=true")
     loaded = load_recipe(recipe, overrides)
-    if jobs > 1 and (loaded.train.method != "staged" or num_processes > 1 or stage is not None):
+    apart = METHODS[loaded.train.method].side_by_side and num_processes == 1 and stage is None
+    if jobs > 1 and not apart:
         raise ValueError(
             f"--jobs {jobs} trains the experts of `method: staged` side by side, each in one process; leave it out "
             "with another method, with --num-processes and with --stage."

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dylora_moe import embedded
+from dylora_moe.base import embedded
 from dylora_moe.base.embedded import FILES, MODEL, embedded_base, find_gguf_file, resolve_base
 
 

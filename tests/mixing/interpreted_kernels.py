@@ -1,7 +1,7 @@
 """The Triton kernels through Triton's interpreter, on the CPU in float32; `test_kernels.py` runs this file.
 
-Every kernel is compared with its definition, spelled out in float64: outputs and all gradients. Float32 sums of up to
-700 terms are within 2e-6 of the largest element.
+Every kernel is compared with its definition, spelled out in float64: outputs and all gradients. The rounding of
+float32 sums of up to 700 terms grows with their root: 26 ulps of the largest element, of which five times are allowed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dylora_moe.mixing import kernels
+from rounding import FLOAT32, ulps
 from tiny import assert_same_gradients, difference, gradients, tiny_mixture, tokens
 
-TOLERANCE = 2e-6
+TOLERANCE = ulps(5 * 26)
 RAGGED = [(1, 1, 1, 1), (3, 17, 5, 33), (20, 700, 37, 16), (70, 65, 130, 129), (1, 600, 24, 40), (300, 40, 20, 70)]
 """T, D, ΣR, O: one of each, below and above every tile, split and not."""
 EMPTY = [(0, 8, 4, 8), (2, 8, 0, 8), (2, 0, 4, 8), (0, 0, 0, 0)]
@@ -148,4 +149,4 @@ def test_a_mixture_through_the_kernels(monkeypatch):
             found.append((output.logits.detach(), model(ids).logits, gradients(model)))
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         assert difference(one, other) <= TOLERANCE
-    assert_same_gradients(found[0][2], found[1][2], 1e-5)
+    assert_same_gradients(found[0][2], found[1][2], FLOAT32)

@@ -346,15 +346,6 @@ def test_a_missing_recipe_is_named(tmp_path):
         load_recipe(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1.5E4", 1.5e4), ("-2e+1", -20.0), ("7", 7), ("1e-3x", "1e-3x"), ("e3", "e3")]
-)
-def test_numbers_are_read_as_in_yaml_1_2(text, value):
-    (result,) = apply_overrides({}, [f"x={text}"]).values()
-    assert result == value
-    assert type(result) is type(value)
-
-
 def test_only_true_and_false_are_no_text():
     """`eval_strategy: no` is what transformers calls it, and an answer may be `yes`."""
     recipe = parse_recipe(apply_overrides(minimal(), ["train.eval_strategy=no", "train.packing=True"]))

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from dylora_moe.report.finished import launch
 from dylora_moe.training.recipe.recipe import load_recipe
+from dylora_moe.training.run import launch
 from dylora_moe.training.run.job import Job
 from runs import QUIET, STAGED, assert_same_run, history, run, small_recipe, tensors, write
 from tinybase import save_tiny_base
@@ -47,10 +47,14 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def assert_close_runs(one, other) -> None:
-    """The same run within the rounding of float32, whose sums are cut differently."""
+    """The same run within the rounding of float32, whose sums are cut differently.
+
+    Adam divides by the gradient's size, so a gradient near zero moves its tensor by rounding alone: the tensors may
+    differ by a 300th of what three steps of 1e-3 move them.
+    """
     ours, theirs = tensors(one), tensors(other)
     for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=2e-6, msg=key)
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=key)
     first, second = ([row for row in history(folder) if "loss" in row] for folder in (one, other))
     assert len(first) == len(second)
     for row, reference in zip(first, second, strict=True):

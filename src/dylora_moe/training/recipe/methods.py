@@ -68,6 +68,7 @@ class Method:
         without: what to say where one of `needed` is missing, likewise.
         trains_router: whether settings of the router are of use.
         counts_steps: whether its own keys give the steps, and not `max_steps`.
+        side_by_side: whether its experts' stages may be trained at the same time, as jobs of their own.
     """
 
     stages: Callable[[Way, Roster], list[Stage]]
@@ -78,6 +79,7 @@ class Method:
     without: str = ""
     trains_router: bool = True
     counts_steps: bool = False
+    side_by_side: bool = False
 
 
 def expert_stage(name: str, steps: int | None = None) -> Stage:
@@ -149,6 +151,7 @@ METHODS: dict[str, Method] = {
         beside="{key} is for `method: staged`; with `{method}` set `max_steps`.",
         without="`method: staged` needs expert_steps and router_steps.",
         counts_steps=True,
+        side_by_side=True,
     ),
     "router": Method(_router, _router_exclusions),
     "expert": Method(
