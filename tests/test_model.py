@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
+from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.experts.expert_set import NEW
 from tiny import tiny_mixture, tokens
 from tinybase import tiny_base
@@ -67,6 +68,84 @@ def test_an_index_of_positions_beside_an_expert_on_the_head():
     without = tiny_mixture().eval()
     full = without(tokens()).logits
     torch.testing.assert_close(without(tokens(), logits_to_keep=torch.tensor([1, 3])).logits, full[:, [1, 3]])
+
+
+def test_the_arguments_of_pefts_load_adapter(tmp_path):
+    stock = tmp_path / "run" / "law"
+    DyLoraMoE.from_base(tiny_base(), config(expert_names=["law"], init_lora_weights=False)).export_expert("law", stock)
+    mixture = DyLoraMoE.from_base(tiny_base().bfloat16(), config())
+    options = {"torch_device": "cpu", "low_cpu_mem_usage": True, "revision": "main", "is_trainable": True}
+    result = mixture.load_adapter(str(tmp_path / "run"), "law", subfolder="law", **options)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    mixture.load_adapter(stock, "narrow", autocast_adapter_dtype=False)
+    expected = read_adapter(stock, tiny_base()).tensors
+    for name, dtype, trains in (("law", torch.float32, True), ("narrow", torch.bfloat16, False)):
+        for part in mixture.expert_tensors(name):
+            assert part.tensor.dtype == dtype
+            assert part.tensor.requires_grad is trains
+            torch.testing.assert_close(part.tensor.data, expected[part.key].to(dtype), rtol=0, atol=0)
+    names = mixture.expert_names
+    for unfit in ({"ephemeral_gpu_offload": True}, {"key_mapping": {"a": "b"}}):
+        with pytest.raises(ValueError, match="takes neither"):
+            mixture.load_adapter(str(stock), "other", **unfit)
+    with pytest.raises(TypeError, match="unknown arguments offload_dir; a download takes revision, token"):
+        mixture.load_adapter(str(stock), "other", offload_dir="x")
+    with pytest.raises(RuntimeError, match="device"):
+        mixture.load_adapter(str(stock), "other", torch_device="nowhere")
+    assert mixture.expert_names == names
+
+
+def test_loading_into_an_expert_that_is_there(tmp_path):
+    other = DyLoraMoE.from_base(tiny_base(), config(init_lora_weights=False))
+    other.export_expert("red", tmp_path / "red")
+    mixture = DyLoraMoE.from_base(tiny_base(), config())
+    kept = {part.key: part.tensor for part in mixture.expert_tensors("red")}
+    mixture.load_adapter(str(tmp_path / "red"), "red")
+    for part, theirs in zip(mixture.expert_tensors("red"), other.expert_tensors("red"), strict=True):
+        assert part.tensor is kept[part.key]  # an optimizer may hold it
+        assert torch.equal(part.tensor, theirs.tensor)
+        assert part.tensor.requires_grad
+    other.add_expert("wide", LoraConfig(r=5, target_modules=["q_proj"]))
+    other.export_expert("wide", tmp_path / "wide")
+    with pytest.raises(CheckpointError, match=r"shape \[5, 32\], expert 'red' of this mixture expects \[2, 32\]"):
+        mixture.load_adapter(str(tmp_path / "wide"), "red")
+
+
+def test_restore_takes_states_and_frozen_ones_over(tmp_path):
+    saved = DyLoraMoE.from_base(tiny_base(), config(init_lora_weights=False))
+    saved.add_expert("late")
+    saved.freeze_expert("red")
+    saved.save_pretrained(tmp_path / "checkpoint-1")
+    mixture = DyLoraMoE.from_base(tiny_base(), config())
+    mixture.add_expert("late")
+    mixture.start_routing()
+    mixture.freeze_expert("green")
+    assert mixture.load_adapter(str(tmp_path / "checkpoint-1"), "default", is_trainable=True)
+    assert mixture.expert_states == saved.expert_states == {"red": "routed", "green": "routed", "late": NEW}
+    assert mixture.frozen_experts == {"red"}
+    ids = tokens() % 60
+    assert torch.equal(mixture.eval()(ids).logits, saved.eval()(ids).logits)
+
+
+def test_pefts_methods_do_the_same_or_refuse():
+    mixture = DyLoraMoE.from_base(tiny_base(), config())
+    assert mixture.active_adapters == ["default"]
+    mixture.set_adapter(mixture.active_adapters[0])
+    mixture.set_requires_grad(["red"], False)
+    assert mixture.frozen_experts == {"red"}
+    mixture.set_requires_grad("default", False)
+    assert not any(parameter.requires_grad for parameter in mixture.parameters())
+    mixture.set_requires_grad("default")
+    assert mixture.frozen_experts == set()
+    assert all(parameter.requires_grad for parameter in mixture.router.parameters())
+    for call in (mixture.merge_adapter, mixture.merge_and_unload, mixture.add_weighted_adapter):
+        with pytest.raises(ValueError, match="export_mixture"):
+            call()
+    for refused in ({"adapter_name": "red"}, {"adapter_name": "default", "inference_mode": True}):
+        with pytest.raises(ValueError, match="keeps all its experts active"):
+            mixture.set_adapter(**refused)
+    with pytest.raises(TypeError, match="then base="):
+        DyLoraMoE.from_pretrained(tiny_base(), "folder")  # pyright: ignore[reportArgumentType]  # PEFT's order
 
 
 def test_a_failed_build_leaves_the_base_as_it_was():

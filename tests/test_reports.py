@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dylora_moe import DyLoraMoE, MoELoraConfig, gradient_report
-from dylora_moe.reports import GradientStats
+from dylora_moe.reports import GradientStats, parameter_report
 from tiny import LAYERS, VOCAB, WIDTH, tiny_base, tiny_config, tiny_mixture, tokens
 
 pytestmark = [
@@ -147,3 +148,14 @@ def storage_bytes(model: nn.Module) -> int:
     for module in model.modules():
         visit(module.__dict__, 6)
     return sum(found.values())
+
+
+def test_a_wrapper_without_memory_counts_what_it_wraps():
+    """As torchao's quantized weights: the address of their storage cannot be asked for."""
+    plain = torch.arange(12.0)
+    wrapper = TwoTensor(plain, torch.zeros(12))
+    with pytest.raises(RuntimeError, match="data pointer"):
+        wrapper.untyped_storage().data_ptr()
+    frozen = [nn.Parameter(wrapper, requires_grad=False), nn.Parameter(plain, requires_grad=False)]
+    report = parameter_report({"frozen": frozen, "router": [], "a": []})
+    assert (report.base, report.base_bytes) == (24, 4 * (12 + 12))

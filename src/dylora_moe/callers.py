@@ -8,6 +8,7 @@ Shapes: B batch, S sequence.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,12 @@ from torch import Tensor
 
 WHOLE = "default"
 """The name under which a mixture is one adapter; no expert may have it."""
+OWN_TAG = "dylora-moe"
+"""The tag of our own trainer."""
 REFERENCE = "ref"
 """What TRL calls the copy of the adapter that it compares with."""
+
+logger = logging.getLogger(__name__)
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _NOT_TRAINED = {
@@ -67,18 +72,22 @@ def is_trainer_checkpoint(folder: Path) -> bool:
     return _TRAINER_CHECKPOINT.fullmatch(folder.name) is not None
 
 
-def check_trainer(tags: str | Sequence[str], base_config: Any, per_sequence: bool) -> None:
+def check_trainer(tags: str | Sequence[str], base_config: Any, per_sequence: bool, router_loss: bool) -> None:
     """Refuse those of TRL's trainers that cannot train a mixture; each gives its model a tag when it is made.
+
+    Those that leave the router's losses out are warned of.
 
     Args:
         tags: given to the model.
         base_config: of the base.
         per_sequence: whether the routing is decided on the prompt.
+        router_loss: whether the mixture has a balance or z loss.
 
     Raises:
         ValueError: with the reason.
     """
-    for tag in [tags] if isinstance(tags, str) else tags:
+    tags = [tags] if isinstance(tags, str) else tags
+    for tag in tags:
         if tag not in _NOT_TRAINED:
             continue
         reason = _NOT_TRAINED[tag]
@@ -94,3 +103,9 @@ def check_trainer(tags: str | Sequence[str], base_config: Any, per_sequence: boo
             )
         if reason:
             raise ValueError(reason)
+    if "trl" in tags and OWN_TAG not in tags and router_loss:
+        logger.warning(
+            "TRL's %s trainer computes its own loss, and the mixture's balance and z losses have no part in it; "
+            'balance_loss="none" says that this is meant, MoETrainer (supervised fine-tuning) adds them.',
+            ", ".join(tag for tag in tags if tag != "trl"),
+        )

@@ -261,6 +261,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file, or a newer format.
         """
+        if not isinstance(directory, (str, Path)):
+            raise TypeError(
+                f"from_pretrained takes a checkpoint's folder or hub id, then base=..., not {type(directory).__name__}."
+            )
         folder, known = read_description(directory)
         if base is None:
             if not known.base_name:
@@ -976,7 +980,9 @@ class DyLoraMoE(PeftModelForCausalLM):
     def add_model_tags(self, tags: list[str] | str) -> None:
         """As in transformers; TRL's trainers give their tag when they are made, and what cannot work is refused."""
         config = self.moe_config
-        check_trainer(tags, self.config, GRANULARITIES[config.granularity].per_sequence)
+        balanced = config.balance_loss != "none" and config.balance_coefficient != 0
+        router_loss = balanced or config.z_loss_coefficient != 0
+        check_trainer(tags, self.config, GRANULARITIES[config.granularity].per_sequence, router_loss)
         cast(PreTrainedModel, self.get_base_model()).add_model_tags(tags)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .sharding import local
 
@@ -88,12 +89,23 @@ class ParameterReport:
 def parameter_report(groups: Mapping[str, list[nn.Parameter]]) -> ParameterReport:
     """Count the parameters of a mixture, given per expert, `router` and `frozen`."""
     counts = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
-    frozen = [local(p).untyped_storage() for p in groups["frozen"]]
-    storages = {storage.data_ptr(): storage.nbytes() for storage in frozen}
+    storages = [part.untyped_storage() for p in groups["frozen"] for part in _plain_parts(local(p))]
     return ParameterReport(
         base=counts.pop("frozen"),
         router=counts.pop("router"),
         experts=counts,
         trainable=sum(p.numel() for group in groups.values() for p in group if p.requires_grad),
-        base_bytes=sum(storages.values()),
+        base_bytes=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
     )
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with memory of their own that `tensor` is made of: a quantized one may be a wrapper without any."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):
+            yield from _plain_parts(part)

@@ -95,3 +95,19 @@ def test_a_bare_base_as_draft_and_a_forced_expert(placement):
         out = generate(model, ids, assistant_model=tiny_base("llama", torch.float64), **options)
         assert torch.equal(out.sequences, expected.sequences)
         assert difference(torch.stack(out.logits), torch.stack(expected.logits)) <= EXACT
+
+
+@pytest.mark.parametrize("placement", ["first", "middle", "below", "last"])
+@every_granularity
+def test_early_exit_is_plain_decoding_or_refused(placement, granularity):
+    model, ids = mixture("llama", placement, granularity), tokens(1)
+    expected = generate(model, ids)
+    for exit_layer in (1, 2, 3):
+        if placement in ("below", "last"):
+            with pytest.raises(ValueError, match="pass an assistant_model"):
+                generate(model, ids, assistant_early_exit=exit_layer)
+            forced = generate(model, ids, experts="red", assistant_early_exit=exit_layer)
+            assert torch.equal(forced.sequences, generate(model, ids, experts="red").sequences)
+            continue
+        found = generate(model, ids, assistant_early_exit=exit_layer)
+        assert torch.equal(found.sequences, expected.sequences)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import SFTConfig
 
-from dylora_moe import DyLoraMoE, MoELoraConfig
+from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
 from dylora_moe.routing.losses import load
 from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
@@ -335,3 +335,43 @@ def test_router_weight_decay_and_rate_are_its_own(tmp_path):
     assert [(g["weight_decay"], g["lr"]) for g in own] == [(0.0, 0.5)]
     assert {id(p) for p in own[0]["params"]} == router
     assert any(g["weight_decay"] == 0.1 and g["params"] for g in groups)
+
+
+def test_a_training_without_a_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="8 rows do not fill one batch of 16"):
+        run(tmp_path, rows=ROWS, per_device_train_batch_size=16, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="max_steps=0"):
+        run(tmp_path, max_steps=0)
+
+
+def test_what_cannot_be_saved_is_not_trained(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr("dylora_moe.model.model_card", broken)
+    with pytest.raises(CheckpointError, match=r"could not be saved: no card\. Nothing was trained"):
+        run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bases_own_auxiliary_loss_is_logged_apart(tmp_path):
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    own = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "router_aux_loss_coef": 0.5}
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(**sizes, **own, num_local_experts=4, num_experts_per_tok=2))
+    config = MoELoraConfig(expert_names=["a", "b"], r=2, target_modules=["q_proj"], balance_coefficient=1.0)
+    common = {"report_to": "none", "bf16": False, "use_cpu": True, "max_steps": 1, "logging_steps": 1}
+    rates = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "disable_tqdm": True}
+    trainer = MoETrainer(
+        DyLoraMoE.from_base(base, config),
+        args=SFTConfig(output_dir=str(tmp_path), **common, **rates),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["base_aux_loss"] == pytest.approx(2, rel=0.2)  # about its experts per token
+    assert logged["aux_loss"] == pytest.approx(logged["router/balance"], rel=1e-5)
+    parts = logged["lm_loss"] + 0.5 * logged["base_aux_loss"] + logged["aux_loss"]
+    assert logged["loss"] == pytest.approx(parts, rel=1e-4)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(logged["lm_loss"], rel=0.05)

@@ -27,6 +27,7 @@ from dylora_moe.training.trainer.callbacks import ProgressBar
 from dylora_moe.training.trainer.checkpoints import last_complete
 from dylora_moe.training.trainer.distributed import one_device
 from dylora_moe.training.trainer.schedule import TemperatureSchedule
+from dylora_moe.training.trainer.steps import check_steps, rows_of
 from dylora_moe.training.trainer.trainer import MoETrainer
 
 from .arguments import keep_intervals, trainer_arguments
@@ -109,8 +110,7 @@ class Job:
         with self._phase("data"):
             self.read_data()
         self.folder.check(resume, self.rows, self.context)
-        for stage in self.stages:
-            self.arguments(stage)
+        self._check_steps()
         if not resume:
             self._start()
 
@@ -161,6 +161,14 @@ class Job:
             if empty:
                 raise ValueError(f"train.validation={held_out} leaves no training examples for {', '.join(empty)}.")
 
+    def _check_steps(self) -> None:
+        """Raise `ValueError` where a stage would end without one optimizer step."""
+        for stage in self.stages:
+            arguments = self.arguments(stage)
+            whole_batches = arguments.dataloader_drop_last  # else every row is seen
+            rows = rows_of(self.dataset(stage.domains), arguments) if whole_batches else 1
+            check_steps(rows, arguments, self.world_size, f"stage {stage.name}")
+
     def _fitting(self, name: str, examples: list[Example], too_long: TooLong, what: str) -> list[Example]:
         length = self.recipe.train.arguments.get("max_length") or self.context
         what = f"the {what} data of {name!r}"
@@ -190,6 +198,7 @@ class Job:
         if self.is_main:
             self.folder.check(resume, self.rows, self.context)
         self._join(self.stages[0])
+        self._check_steps()
         with self._phase("load"):
             mixture = self._build()
             trainer = None if resume else self._trainer(mixture, self.stages[0])

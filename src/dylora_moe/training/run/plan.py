@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import SFTConfig, pack_dataset  # pyright: ignore[reportPrivateImportUsage]
 
 from dylora_moe.base.embedded import resolve_base
 from dylora_moe.reports import ParameterReport
 from dylora_moe.training.recipe.sections import Recipe
-from dylora_moe.training.trainer.collator import DOMAIN
+from dylora_moe.training.trainer.steps import batches_of, check_steps, rows_of
 
 from .arguments import recipe_text
 from .build import base_name, base_title, build_mixture, code_options
@@ -82,9 +79,10 @@ def plan(recipe: Recipe) -> Plan:
         set_trainable(mixture, stage)
         dataset = job.dataset(stage.domains)
         lengths = [min(len(ids), arguments.max_length or len(ids)) for ids in dataset["input_ids"]]
-        rows = _packed_rows(dataset, arguments) if arguments.packing and arguments.max_length else len(dataset)
-        accumulated, batch = arguments.gradient_accumulation_steps, _batch(arguments, job.world_size)
-        batches = rows // batch if arguments.dataloader_drop_last else math.ceil(rows / batch)
+        rows, accumulated = rows_of(dataset, arguments), arguments.gradient_accumulation_steps
+        check_steps(rows, arguments, job.world_size, f"stage {stage.name}")
+        batch = arguments.per_device_train_batch_size * job.world_size
+        batches = batches_of(rows, arguments, job.world_size)
         epoch = max(math.ceil(batches / accumulated), 1)
         steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epoch * arguments.num_train_epochs)
         seen = min(batches * batch, rows) / max(rows, 1)  # the rest of an epoch is dropped
@@ -96,19 +94,3 @@ def plan(recipe: Recipe) -> Plan:
     thaw(mixture, frozen)
     text = recipe_text(recipe, job.context)
     return Plan(base_title(recipe), text, mixture.parameter_report(), mixture.router_layer, stages)
-
-
-def _batch(arguments: SFTConfig, world_size: int) -> int:
-    """Rows per forward pass, over all processes."""
-    return arguments.per_device_train_batch_size * world_size
-
-
-def _packed_rows(dataset: Any, arguments: SFTConfig) -> int:
-    """How many rows the examples fill when packed as the trainer packs them, each domain by itself."""
-    assert arguments.max_length is not None
-    domains, rows = dataset[DOMAIN], 0
-    for name in dict.fromkeys(domains):
-        own = [ids for ids, domain in zip(dataset["input_ids"], domains, strict=True) if domain == name]
-        packed = pack_dataset(Dataset.from_dict({"input_ids": own}), arguments.max_length, arguments.packing_strategy)
-        rows += len(packed)
-    return rows

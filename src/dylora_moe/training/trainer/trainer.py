@@ -5,8 +5,10 @@ Shapes: B batch, S sequence, T tokens, n router outputs.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Any, cast
+from pickle import PicklingError
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import concatenate_datasets
@@ -14,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from dylora_moe.callers import OWN_TAG
 from dylora_moe.checkpoint.files import CheckpointError
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.training.recipe.sections import TwoPhase
@@ -49,6 +52,7 @@ from .distributed import (
 from .interrupted import Interrupted
 from .router_losses import RouterLosses
 from .schedule import two_phase_scheduler
+from .steps import check_steps
 from .token_means import TokenMeans
 from .wrappers import unwrap_autocast, unwrap_head
 
@@ -74,8 +78,11 @@ class MoETrainer(SFTTrainer):
 
     Raises:
         ValueError: `domain_coefficient` or `force_domains` without a `domain` column, or with an unknown domain;
-            processes or FSDP other than asked for (see `distributed.check_processes`).
+            processes or FSDP other than asked for (see `distributed.check_processes`); not one optimizer step to make.
+        CheckpointError: what is trained could not be saved to the output folder.
     """
+
+    _tag_names: ClassVar[list[str]] = [*SFTTrainer._tag_names, OWN_TAG]
 
     def __init__(
         self,
@@ -118,6 +125,25 @@ class MoETrainer(SFTTrainer):
             )
         if self.has_domains:
             self.data_collator = DomainCollator(self.data_collator, model.expert_names)
+        if has_length(self.train_dataset):
+            check_steps(len(cast(Any, self.train_dataset)), self.args, self.args.world_size)
+        self._try_saving()
+
+    def _try_saving(self) -> None:
+        """Save everything once, before anything is trained that could then not be saved.
+
+        Raises:
+            CheckpointError: it cannot be.
+        """
+        if not self.args.should_save:
+            return
+        try:
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.args.output_dir) as folder:
+                self._save(folder)
+        except (OSError, SafetensorError, RuntimeError, PicklingError) as error:
+            raise CheckpointError(
+                f"{self.args.output_dir}: what is trained could not be saved: {error}. Nothing was trained."
+            ) from error
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's `train`; `resume_from_checkpoint=True` takes the last whole checkpoint of the output folder.
@@ -146,6 +172,8 @@ class MoETrainer(SFTTrainer):
                 unwrap_autocast(self.mixture)
         if stop.received is not None:
             raise Interrupted(stop.received, str(self.args.output_dir))
+        if self.state.global_step == 0:
+            raise ValueError("no optimizer step was made: the training data gave no batch.")
         return result
 
     def _take_over(self, folder: Path) -> TrainOutput:
@@ -287,13 +315,15 @@ class MoETrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs, domains = self._split_domains(inputs)
+        of_base = 0.0
         if self.label_smoother is not None and cast(SFTConfig, self.args).loss_type == "nll":
             loss, outputs = self._smoothed_loss(model, inputs, num_items_in_batch)
         else:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
+            of_base = self._base_aux_loss()
         if self.mixture.training:
-            loss = loss + self._router_loss(loss, domains, num_items_in_batch)
+            loss = loss + self._router_loss(loss, of_base, domains, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _split_domains(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
@@ -326,13 +356,26 @@ class MoETrainer(SFTTrainer):
         self._metrics["train" if self.mixture.training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return loss, outputs
 
-    def _router_loss(self, lm_loss: Tensor, domains: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+    def _base_aux_loss(self) -> float:
+        """What TRL has just added for the base's own experts, with its coefficient; logged under a name of its own."""
+        if not self.aux_loss_enabled:
+            return 0.0
+        metrics = self._metrics["train" if self.mixture.training else "eval"]
+        *ours, value = metrics.pop("aux_loss")
+        if ours:
+            metrics["aux_loss"] = ours
+        metrics["base_aux_loss"].append(value)
+        return self.router_aux_loss_coef * value
+
+    def _router_loss(
+        self, base_loss: Tensor, of_base: float, domains: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
         """The router's losses of the whole optimizer step, in its last micro-batch; zero before."""
         metrics = self._metrics["train"]
         parts = 1 if num_items is None else self.current_gradient_accumulation_steps  # a share of the step's loss
-        metrics["lm_loss"].append(float(average(lm_loss)) * parts)
+        metrics["lm_loss"].append(float(average(base_loss)) * parts - of_base)
         self.router_losses.collect(domains)
-        zero = lm_loss.new_zeros(())
+        zero = base_loss.new_zeros(())
         if not self.accelerator.sync_gradients:
             return zero
         loss, logged = self.router_losses.of_step()
@@ -344,7 +387,7 @@ class MoETrainer(SFTTrainer):
         loss = times_processes(loss)
         if num_items is None:
             loss = loss * self.current_gradient_accumulation_steps
-        return loss.to(lm_loss.device)
+        return loss.to(base_loss.device)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
