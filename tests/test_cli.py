@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -160,11 +161,41 @@ def test_generate_and_inspect(recipe, tmp_path):
         app, ["generate", out, "When?", "--max-new-tokens", "4", "--expert", "cart", "--show-routing"]
     )
     assert "100.0%" in forced.output
+    lines = {line.split("  ")[0]: line for line in forced.output.splitlines()}  # says it without colours
+    assert lines["'W'"].split() == ["'W'", "-"]
+    assert lines["'?'"].split() == ["'?'", "cart", "1.00"]
+    told = runner.invoke(app, ["generate", out, "When?", "--max-new-tokens", "4", "--expert", "cart", "--json"])
+    answer = json.loads(told.stdout)
+    assert answer["prompt_tokens"] == 5
+    assert "".join(token["text"] for token in answer["tokens"]).startswith("When?")
+    weights = [token["weights"] for token in answer["tokens"]]
+    assert weights == [None] + [{"date": 0.0, "cart": 1.0}] * (len(weights) - 1)
+    assert answer["load"] == {"date": 0.0, "cart": 1.0}
+    folded = runner.invoke(app, ["generate", out, "When?", "--max-new-tokens", "4", "--expert", "cart", "--fold"])
+    assert folded.stdout.strip() == answer["text"]
+    with pytest.raises(ValueError, match="fold does not apply"):
+        runner.invoke(app, ["generate", out, "When?", "--fold"], catch_exceptions=False)
     seen = runner.invoke(app, ["inspect", out, "--text", "Buy two apples"], catch_exceptions=False)
     for heading in ("Parameters", "Routing", "Gradients"):
         assert heading in seen.output
     assert "router" in seen.output
     assert "frozen" in seen.output
+
+
+def test_the_next_commands_can_be_pasted(recipe, tmp_path, monkeypatch):
+    """Into a shell, whatever is in the prompt and the path, and with a prompt from the training data at need."""
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "-x [it's] $HOME", "completion": "y"}
+    (tmp_path / "d.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    path = recipe(experts={"one": {"data": {"train": "d.jsonl"}}}, output="my run")
+    shown = runner.invoke(app, ["train", "--no-report", path], catch_exceptions=False).stdout
+    first, second = shown[shown.index("Next:") :].splitlines()[1:3]
+    words = ["dylora-moe", "generate", "--show-routing", "--", "my run", "-x [it's] $HOME"]
+    assert shlex.split(first) == words
+    assert shlex.split(second) == ["dylora-moe", "inspect", "my run"]
+    done = runner.invoke(app, [*words[1:3], "--max-new-tokens", "1", *words[3:]], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "my run" / "moe_config.json").read_text())["chat"] is False
 
 
 def test_recipe_check_prints_the_defaults(recipe):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
+from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig, Router, gradient_report
 from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.experts.expert_set import NEW
 from tiny import tiny_mixture, tokens
@@ -185,3 +185,35 @@ def test_rename_within_use_experts():
         expected = mixture(ids).logits
         mixture.rename_expert("red", "crimson")
         assert torch.equal(mixture(ids).logits, expected)
+
+
+def test_wrong_arguments_are_named_before_anything_is_built(tmp_path):
+    base, adapters = tiny_base(), {"red": str(tmp_path)}
+    for run, message in (
+        (
+            lambda: DyLoraMoE.from_adapters(base, ["a", "b"]),
+            r"adapters must map the name of an expert to the folder or",
+        ),
+        (lambda: DyLoraMoE.from_adapters(base, "owner/name"), r"not be 'owner/name': adapters={\"sql\": …"),
+        (lambda: DyLoraMoE.from_adapters(base, adapters, {"top_k": 1}), r"config must be a MoELoraConfig"),
+        (lambda: DyLoraMoE.from_base(base, {"r": 4}), r"config must be a MoELoraConfig"),
+        (lambda: DyLoraMoE.from_base(base, LoraConfig(r=4)), r"config must be a MoELoraConfig"),
+        (lambda: DyLoraMoE.from_base(base, config(), ["red"]), r"expert_configs must map"),
+        (
+            lambda: DyLoraMoE.from_base(base, config(), {"red": {"r": 4}}),
+            r"expert_configs\['red'\] must be a LoraConfig",
+        ),
+        (lambda: gradient_report(base), "gradient_report needs a DyLoraMoE, not LlamaForCausalLM"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            run()
+    mixture = DyLoraMoE.from_base(base, config())  # which is as bare as it was
+    with pytest.raises(TypeError, match="weights must map the name of an expert to a number"):
+        mixture.export_mixture(["red"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"expert 'red': .* of its tensors are not given"):
+        mixture.load_expert("red", {})
+    with pytest.raises(TypeError, match=r"results=.*: map columns to rows to values"):
+        mixture.save_pretrained(tmp_path / "out", results={"base": 0.5})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="router_type='x': choose one of mlp, linear"):
+        Router(4, 2, "x")

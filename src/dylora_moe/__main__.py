@@ -9,9 +9,10 @@ def run() -> None:
     try:
         from .cli import main
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        module = (error.name or "").partition(".")[0]
+        if module not in ("typer", "rich"):
             raise
-        sys.exit(f"{error.name} is not installed; the command line needs pip install 'dylora-moe[train]'.")
+        sys.exit(f"{module} is not installed; the command line needs pip install 'dylora-moe[train]'.")
     code: object = 0
     try:
         main()

@@ -182,11 +182,11 @@ def generate(
 
 
 def _show_routing(session: Session, answer: Answer) -> None:
-    from .report.terminal import colour_by_expert, routing_table, token_table
+    from .report.terminal import colour_by_expert, name_experts, routing_table
 
     coloured = console.color_system is not None and not console.no_color
-    show = colour_by_expert if coloured else token_table
-    console.print(show(answer.tokens, answer.weights, session.model.expert_names))
+    show = colour_by_expert if coloured else name_experts
+    console.print(show(answer.tokens, answer.weights, session.model.expert_names), soft_wrap=True)
     console.print(routing_table(answer.trace))
 
 

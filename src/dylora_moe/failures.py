@@ -42,13 +42,19 @@ Verbose = Annotated[
 """The option that every command has."""
 
 
-def with_extra(error: ImportError) -> str:
-    """The error's message, and the extra that brings the missing module, if one does."""
-    module = (error.name or "").partition(".")[0]
-    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
-    if extra is None or "dylora-moe[" in str(error):
-        return str(error)
-    return f"{module} is not installed; pip install 'dylora-moe[{extra}]'."
+def missing_extra(error: BaseException | None) -> str | None:
+    """What to install if `error` or what caused it is a missing module that an extra brings; None if it is not.
+
+    Libraries that load lazily raise a `RuntimeError` of their own from it.
+    """
+    while error is not None:
+        if isinstance(error, ImportError):
+            module = (error.name or "").partition(".")[0]
+            for extra, modules in EXTRAS.items():
+                if module in modules:
+                    return f"{module} is not installed; pip install 'dylora-moe[{extra}]'."
+        error = error.__cause__
+    return None
 
 
 @contextmanager
@@ -62,10 +68,10 @@ def one_message(errors: Console) -> Iterator[None]:
     except Interrupted as stopped:
         errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         sys.exit(stopped.exit_code)
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        if _LOG.isEnabledFor(logging.DEBUG):
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        remedy = None if "dylora-moe[" in str(error) else missing_extra(error)
+        if _LOG.isEnabledFor(logging.DEBUG) or (isinstance(error, RuntimeError) and remedy is None):
             raise
-        text = with_extra(error) if isinstance(error, ImportError) else str(error)
-        errors.print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]{'ImportError' if remedy else type(error).__name__}[/]", end=": ")
+        errors.print(remedy or str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

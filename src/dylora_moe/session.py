@@ -5,7 +5,6 @@ Shapes: S tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +159,7 @@ class Session:
         return Answer(text, pieces(self.tokenizer, ids.tolist()), predicted, prompt_length, trace)
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """What each token adds to the decoded text; joined they are that text.
 
     A token alone may lose its space (SentencePiece), and a character of several tokens belongs to the last of them.

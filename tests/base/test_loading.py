@@ -1,13 +1,18 @@
-"""A base that accelerate dispatched: its hooks and the routing do not get into each other's way."""
+"""A base that accelerate dispatched; and that transformers and PEFT have nothing to complain of."""
 
 from __future__ import annotations
+
+import logging
+import warnings
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
+from transformers import pipeline
 
-from dylora_moe import DyLoraMoE, MoELoraConfig
-from tinybase import tiny_base
+from dylora_moe import DyLoraMoE, MoELoraConfig, enable_routing
+from tinybase import save_tiny_base, tiny_base, tiny_tokenizer
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -40,3 +45,42 @@ def test_hooks_of_a_dispatched_base_do_not_bypass_the_routing():
 def test_an_offloaded_base_is_refused():
     with pytest.raises(ValueError, match="is offloaded to the CPU or disk"):
         mixture(cpu_offload(tiny_base(), execution_device="cpu"))
+
+
+class Subclass(DyLoraMoE):
+    """Of a user's own."""
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: mixture(tiny_base()),
+        lambda: Subclass.from_base(tiny_base(), MoELoraConfig(num_experts=2, r=4, target_modules="all-linear")),
+        lambda: enable_routing(
+            get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+        ),
+    ],
+    ids=["mixture", "subclass", "enable_routing"],
+)
+def test_a_pipeline_takes_it_without_a_word(build):
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        answer = pipeline("text-generation", model=build(), tokenizer=tiny_tokenizer())
+    finally:
+        logger.removeHandler(handler)
+    assert [message for message in heard if "not supported" in message] == []
+    assert answer("Once", max_new_tokens=2)[0]["generated_text"].startswith("Once")
+
+
+def test_building_and_loading_warn_of_nothing(tmp_path):
+    base = save_tiny_base(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        built = DyLoraMoE.from_base(base, MoELoraConfig(num_experts=2, r=4, target_modules="all-linear"))
+        built.add_expert("late")
+        built.save_pretrained(tmp_path / "mixture")
+        DyLoraMoE.from_pretrained(str(tmp_path / "mixture"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import EvaConfig, LoraConfig
 from safetensors.torch import load_file
 
@@ -243,7 +244,7 @@ def test_every_lora_field_of_the_mixture_comes_back(tmp_path):
 def test_card_holds_the_models_own_numbers(tmp_path):
     model = rich_mixture("llama", router_layer=2, route_to_base=True)
     results = {"base": {"sql": 0.125}, "mixture": {"sql": 0.96875, "json": 1.0}}
-    model.save_pretrained(tmp_path, results=results)
+    model.save_pretrained(tmp_path, results=results, metric="Share of right answers; higher is better.")
     card = (tmp_path / "README.md").read_text()
     report = model.parameter_report()
     for name, count in report.experts.items():
@@ -255,10 +256,12 @@ def test_card_holds_the_models_own_numbers(tmp_path):
     assert "| magnitude | 3 | 8 | routed, frozen |" in card
     assert "| late | 3 | 6 | new |" in card
     assert "top-2 in evaluation" in card
-    assert "| held out | base | mixture |" in card
+    assert "Share of right answers; higher is better.\n\n| held out | base | mixture |" in card
     assert "| sql | 0.125 | 0.969 |" in card
     assert "| json |  | 1.000 |" in card
     assert "folder/plain" in card
+    assert "library_name: dylora-moe\n" in card
+    assert "pipeline_tag: text-generation\n" in card
 
 
 def test_card_counts_the_base_route_among_what_top_k_keeps(tmp_path):
@@ -266,6 +269,29 @@ def test_card_counts_the_base_route_among_what_top_k_keeps(tmp_path):
     assert "top-2 in evaluation" in (tmp_path / "README.md").read_text()
 
 
-def test_card_names_a_base_on_the_hub(tmp_path):
-    DyLoraMoE(tiny_base(), tiny_config(), base_name="owner/name").save_pretrained(tmp_path)
-    assert "\nbase_model: owner/name\n" in (tmp_path / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("owner/name", "owner/name"),
+        ("gpt2", "gpt2"),
+        ("embedded", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/me/models/my-base", "my-base"),
+        ("C:\\Users\\me\\my-base", "my-base"),
+        ("/home/me/.cache/huggingface/hub/models--owner--name/snapshots/0123abcd", "owner/name"),
+        ("/home/me/a: b", "a: b"),
+    ],
+)
+def test_card_names_the_base_and_no_path_of_the_machine(tmp_path, name, shown):
+    DyLoraMoE(tiny_base(), tiny_config(), base_name=name).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == shown
+    assert f"with DyLoRA-MoE on `{shown}`" in card
+    assert "/home" not in card
+    assert "Users" not in card
+
+
+def test_card_of_a_base_without_a_name(tmp_path):
+    model = DyLoraMoE(tiny_base(), tiny_config())
+    model.base_name = None
+    model.save_pretrained(tmp_path)
+    assert "base_model" not in (tmp_path / "README.md").read_text()

@@ -148,3 +148,33 @@ def test_a_layer_whose_forward_was_replaced():
         model(tokens())
     del layer.forward
     model(tokens())
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ("hello", TypeError, "input_ids must be a tensor, not 'hello'; tokenizer"),
+        ([[1, 2]], TypeError, "input_ids must be a tensor, not"),
+        ({"input_ids": tokens()}, TypeError, "not a dict; unpack a batch"),
+        (torch.arange(3), ValueError, r"shape \[3\]; expected \[batch, sequence, …\]: pass input_ids\[None\]"),
+    ],
+    ids=["text", "list", "batch", "row"],
+)
+def test_inputs_that_are_no_batch_of_ids(ids, error, message):
+    model = tiny_mixture("llama")
+    for run in (model, model.generate):
+        refused(lambda _, run=run: run(ids), model, message, error)
+
+
+def test_a_pass_without_input_or_with_lists_beside_it():
+    model = tiny_mixture("llama")
+    refused(lambda _: model(), model, "a pass needs input_ids")
+    refused(model, model, "attention_mask must be a tensor", TypeError, attention_mask=[[1] * 9] * 2)
+    refused(model, model, "labels must be a tensor", TypeError, labels=[[1] * 9] * 2)
+
+
+@pytest.mark.parametrize("experts", [5, {"red": 1}], ids=str)
+def test_experts_that_are_no_names(experts):
+    model = tiny_mixture("llama")
+    for run in (model, model.generate):
+        refused(run, model, "pass one name for all rows, or a list", TypeError, experts=experts)

@@ -33,6 +33,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.classes: list[str] = []
         self.images: list[dict[str, str | None]] = []
+        self.sources: list[dict[str, str | None]] = []
         self.section = self.cell = None
         self.feed(file.read_text(encoding="utf-8"))
         self.close()
@@ -49,6 +50,8 @@ class Page(HTMLParser):
         elif tag in ("td", "th") and self.section:
             self.rows[self.section][-1].append("")
             self.cell = tag
+        elif tag == "source":
+            self.sources.append(attributes)
         elif tag == "img":
             self.images.append(attributes)
 
@@ -161,7 +164,7 @@ def test_figures_are_pngs_beside_the_page_and_in_it_in_two_themes(run):
     files = {file.stem: file.read_bytes() for file in (folder / "figures").iterdir()}
     assert set(files) == set(FIGURES)
     assert len(page.images) == len(FIGURES)
-    dark = [value for tag, name, value in page.attributes if (tag, name) == ("source", "srcset")]
+    dark = [source["srcset"] for source in page.sources if source["media"] == "(prefers-color-scheme: dark)"]
     for image, other in zip(page.images, dark, strict=True):
         content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
         assert content in files.values()
@@ -176,6 +179,19 @@ def test_figures_are_pngs_beside_the_page_and_in_it_in_two_themes(run):
         assert light.convert("L").getpixel((1, 1)) > 240
         assert night.convert("L").getpixel((1, 1)) < 40
         assert len(image["alt"]) > 30
+
+
+def test_on_a_narrow_screen_the_maps_of_coactivation_stand_below_each_other(run):
+    _, _, page = run
+    narrow = [source for source in page.sources if "max-width" in source["media"]]
+    assert [source["media"] for source in narrow] == [
+        "(max-width: 48rem) and (prefers-color-scheme: dark)",
+        "(max-width: 48rem)",
+    ]
+    drawn = [Image.open(BytesIO(base64.b64decode(source["srcset"].split(",")[1]))) for source in narrow]
+    assert drawn[0].size == drawn[1].size
+    assert drawn[0].width == 5.8 * 160 < drawn[0].height  # as wide as the figures that fill a phone
+    assert "scrolls" not in page.classes  # nothing is cut
 
 
 def test_text_from_the_files_is_escaped(tmp_path):

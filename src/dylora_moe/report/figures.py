@@ -22,7 +22,10 @@ FIGURES = ("results", "load_by_domain", "coactivation", "loss", "eval_loss", "lo
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file's name, the section it stands in, and how to draw it."""
+    """A figure of the report: its file's name, the section it stands in, and how to draw it.
+
+    A `wide` one takes the whole page; on a narrow screen `narrow` is shown in its place, or else it scrolls.
+    """
 
     name: str
     section: str
@@ -30,6 +33,7 @@ class Picture:
     alt: str
     draw: Callable[[Theme], Figure]
     wide: bool = False
+    narrow: Callable[[Theme], Figure] | None = None
 
 
 def pictures(run: Run) -> list[Picture]:
@@ -71,13 +75,15 @@ def _coactivation(run: Run) -> Picture | None:
     count = len(run.outputs)
     if not tables or count < 2:
         return None
+    panels = 1 < len(tables) <= 6 and count <= plots.PANELS_LIMIT
     return Picture(
         "coactivation",
         "routing",
         "Share of tokens on which two experts both have weight, in percent; on the diagonal, on which one has.",
         f"Heat maps of expert by expert for {_some(list(tables))}.",
         lambda theme: plots.coactivation(tables, run.outputs, theme),
-        wide=(1 < len(tables) <= 6 and count <= plots.PANELS_LIMIT) or count > plots.COLUMNS_LIMIT,
+        wide=panels or count > plots.COLUMNS_LIMIT,
+        narrow=(lambda theme: plots.coactivation(tables, run.outputs, theme, beside=1)) if panels else None,
     )
 
 

@@ -44,8 +44,12 @@ def write_report(folder: str | Path) -> Path:
     for picture in pictures(run):
         files[picture.name] = plots.png(picture.draw(LIGHT))
         sources = {"light": _data_uri(files[picture.name]), "dark": _data_uri(plots.png(picture.draw(DARK)))}
+        narrow = {}
+        if picture.narrow is not None:
+            drawn = {"light": picture.narrow(LIGHT), "dark": picture.narrow(DARK)}
+            narrow = {theme: _data_uri(plots.png(figure)) for theme, figure in drawn.items()}
         words = {"name": picture.name, "caption": picture.caption, "alt": picture.alt, "wide": picture.wide}
-        shown.setdefault(picture.section, []).append({**words, **sources})
+        shown.setdefault(picture.section, []).append({**words, **sources, "narrow": narrow})
     page = _render(run, shown)
     (folder / FIGURES_FOLDER).mkdir(exist_ok=True)
     for name in FIGURES:

@@ -125,7 +125,10 @@ def heat_map(table: Mapping[str, Mapping[str, float]], columns: Sequence[str], t
 
 
 def coactivation(
-    tables: Mapping[str, Mapping[str, Mapping[str, float]]], experts: Sequence[str], theme: Theme = LIGHT
+    tables: Mapping[str, Mapping[str, Mapping[str, float]]],
+    experts: Sequence[str],
+    theme: Theme = LIGHT,
+    beside: int = 2,
 ) -> Figure:
     """How often two experts have weight on the same token; the diagonal is how often one has.
 
@@ -135,10 +138,11 @@ def coactivation(
         tables: domain → expert → expert → share of the tokens.
         experts: the experts in order.
         theme: the page's colours.
+        beside: at most so many heat maps beside each other; 1 for a narrow screen.
     """
     if len(experts) > PANELS_LIMIT or len(tables) > 6:
         tables = {f"mean of {len(tables)} domains": _mean(list(tables.values()), experts)}
-    across = min(2, len(tables))
+    across = min(beside, len(tables))
     down = -(-len(tables) // across)
     width = WIDTH * (1 + (across > 1 or len(experts) > COLUMNS_LIMIT))
     side = (width - 1.0) / across

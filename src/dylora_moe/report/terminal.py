@@ -48,20 +48,18 @@ def colour_by_expert(tokens: Sequence[str], weights: Tensor, names: Sequence[str
     return text
 
 
-def token_table(tokens: Sequence[str], weights: Tensor, names: Sequence[str]) -> Table:
+def name_experts(tokens: Sequence[str], weights: Tensor, names: Sequence[str]) -> Text:
     """A line per token with the weights above a hundredth of the pass that predicted it: what needs no colours.
 
     Args: as `colour_by_expert`.
     """
-    table = Table(box=None, pad_edge=False)
-    table.add_column("token", no_wrap=True)
-    table.add_column("predicted with", no_wrap=True)
-    for token, row in zip(tokens, weights.tolist(), strict=True):
+    shown, lines = [repr(token) for token in tokens], []
+    width = max(map(len, shown), default=0)
+    for token, row in zip(shown, weights.tolist(), strict=True):
         shares = sorted(((share, name) for share, name in zip(row, names, strict=True) if share >= 0.01), reverse=True)
         words = ", ".join(f"{name} {share:.2f}" for share, name in shares)
-        nothing = "-" if any(map(math.isnan, row)) else BASE
-        table.add_row(Text(repr(token)), Text(words or nothing))
-    return table
+        lines.append(f"{token:<{width}}  {words or ('-' if any(map(math.isnan, row)) else BASE)}")
+    return Text("\n".join(lines))
 
 
 def parameter_table(report: ParameterReport) -> Table:
