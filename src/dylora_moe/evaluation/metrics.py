@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example
 
-from .held_out import Progress, answers, completion_loss, exact_match
+from .held_out import Measured, Progress, answers, completion_loss, exact_match
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Measure(Protocol):
         settings: Settings,
         progress: Progress,
         **force: Any,
-    ) -> dict[str, float]: ...
+    ) -> dict[str, Measured]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def measure_exact_match(
     settings: Settings,
     progress: Progress,
     **force: Any,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Share of greedy answers that equal the completion, per domain."""
     texts = answers(
         model,
@@ -103,7 +103,7 @@ def measure_loss(
     settings: Settings,
     progress: Progress,
     **force: Any,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Mean cross-entropy per completion token, per domain."""
     return completion_loss(
         model,
