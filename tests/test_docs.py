@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import fields
@@ -33,15 +34,16 @@ def blocks(text, language):
 def test_every_recipe_is_valid(block, tmp_path):
     recipe = parse_yaml(block, "the page")
     for expert in recipe["experts"].values():
-        for file in (expert["data"].get("train"), expert["data"].get("test")):
-            if isinstance(file, str):
-                (tmp_path / file).touch()
+        for given in (expert["data"].get("train"), expert["data"].get("test")):
+            for file in given if isinstance(given, list) else [given]:
+                if isinstance(file, str):
+                    (tmp_path / file).touch()
     assert list(parse_recipe(recipe, tmp_path).experts) == list(recipe["experts"])
 
 
 @pytest.mark.parametrize("block", blocks(DATA, "json"))
 def test_every_row_is_an_example(block, tmp_path):
-    (tmp_path / "d.jsonl").write_text(block)
+    (tmp_path / "d.jsonl").write_text(json.dumps(json.loads(block)))
     assert len(load_examples("a", DataRecipe(train=str(tmp_path / "d.jsonl")), "train")) == 1
 
 

@@ -31,6 +31,7 @@ SMALLER = {
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "validation"), 2),
     "gradient_accumulation_steps": 2,
+    "max_length": 256,  # what the base has
     "warmup_steps": 0,  # a step at the rate 0 changes nothing
 }
 
@@ -69,15 +70,16 @@ def shrunk(content: dict[str, Any], base: str, folder: Path, skills: str = "") -
         content["start"] = moved(content["start"], skills)
     else:
         content["base"]["model"] = base
-    for name, expert in content["experts"].items():
+    for name, expert in [*content["experts"].items()]:
+        if "path" in expert.get("data", {}):  # a file in the place of the data set, as a user without internet gives it
+            files = [f"experts.{name}.data.{key}={rows(folder / f'{name}-{key}.jsonl')}" for key in ("train", "test")]
+            content = apply_overrides(content, files)
+    for expert in content["experts"].values():
         if "adapter" in expert:
             expert["adapter"] = moved(expert["adapter"], skills)
         data = expert.get("data", {})
         if "skill" in data:
             data |= {"train": 12, "test": 2}
-        elif "path" in data:  # a file in the place of the data set, as a user without internet gives it
-            files = [f"experts.{name}.data.{key}={rows(folder / f'{name}-{key}.jsonl')}" for key in ("train", "test")]
-            content = apply_overrides(content, files)
     content["train"] |= {key: value for key, value in SMALLER.items() if key in content["train"]}
     content["eval"] |= {"samples": 2, "max_new_tokens": 4, "baseline": False}
     return parse_recipe({**content, "output": str(folder / "run")})

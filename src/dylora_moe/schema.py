@@ -73,6 +73,11 @@ def choice(table: Iterable[str], default: str) -> Any:
     return dataclasses.field(default=default, metadata={_CHOICES: tuple(table)})
 
 
+def choices(field: Any) -> str:
+    """The names that a field made by `choice` can have, in words; empty for any other field."""
+    return describe(Literal[field.metadata[_CHOICES]]) if _CHOICES in field.metadata else ""
+
+
 def build(cls: type[T], value: Any, path: str = "") -> T:
     """An instance of the dataclass `cls` from a mapping, every key and type checked, nested classes included.
 
@@ -151,7 +156,7 @@ def check_value(value: Any, hint: Any, path: str) -> Any:
         items = check_mapping(value, path).items()
         return {key: check_value(item, item_hint, join(path, key)) for key, item in items}
     if not _matches(value, hint):
-        raise RecipeError(f"{path}: expected {_describe(hint)}, got {value!r}.")
+        raise RecipeError(f"{path}: expected {describe(hint)}, got {value!r}.")
     return value
 
 
@@ -194,14 +199,15 @@ def _matches(value: Any, hint: Any) -> bool:
     return True
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """A type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(option) for option in arguments))
+        return " or ".join(dict.fromkeys(describe(option) for option in arguments))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin is list:
-        return f"a list (each {_describe(arguments[0])})"
+        return f"a list (each {describe(arguments[0])})"
     if origin is dict or hint is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
     return _SCALARS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dylora_moe.data.examples import Example, encode, encode_prompt
+from dylora_moe.evaluation.held_out import Measured, measured
 from dylora_moe.evaluation.metrics import DEFAULT_METRIC, METRICS, Settings
 from tinybase import tiny_base, tiny_tokenizer
 
@@ -30,7 +31,7 @@ def test_the_loss_weighs_every_completion_token_alike(parts):
     for domain in "ab":
         sums = [loss_by_hand(*parts, example) for example in EXAMPLES if example.domain == domain]
         expected = sum(total for total, _ in sums) / sum(count for _, count in sums)
-        assert found[domain] == pytest.approx(expected, rel=1e-5)  # float32; padded rows round differently
+        assert found[domain].value == pytest.approx(expected, rel=1e-5)  # float32; padded rows round differently
 
 
 def test_exact_match_is_the_share_of_greedy_answers_that_are_the_completion(parts):
@@ -44,7 +45,7 @@ def test_exact_match_is_the_share_of_greedy_answers_that_are_the_completion(part
     done = []
     settings = Settings(batch_size=2, max_new_tokens=4)
     found = METRICS["exact_match"].measure(model, tokenizer, own, settings, done.append)
-    assert found == {"a": 1.0, "b": 0.0}
+    assert found == {"a": Measured(1.0, 3, 1.0, 1.0), "b": Measured(0.0, 2, 0.0, 0.0)}
     assert sum(done) == len(own)
 
 
@@ -54,3 +55,21 @@ def test_every_metric_has_its_words():
         assert metric.title == name.replace("_", " ")
         assert metric.unit
         assert metric.meaning[0].isupper()
+
+
+def test_the_interval_is_that_of_resampled_rows():
+    """A share of 200 rows: the normal approximation ±1.96·√(p(1-p)/n) holds to a resampling error of about 0.01."""
+    found = measured([1.0] * 60 + [0.0] * 140, [1.0] * 200)
+    assert (found.value, found.rows) == (pytest.approx(0.3), 200)
+    half = 1.96 * (0.3 * 0.7 / 200) ** 0.5
+    assert found.low == pytest.approx(0.3 - half, abs=0.015)
+    assert found.high == pytest.approx(0.3 + half, abs=0.015)
+    assert measured([1.0] * 60 + [0.0] * 140, [1.0] * 200) == found
+    assert measured([4.0], [2.0]) == Measured(2.0, 1, 2.0, 2.0)
+
+
+def test_rows_weigh_by_their_tokens():
+    """A row of ten tokens beside one of a single token: the ratio of the sums, not the mean of the ratios."""
+    found = measured([10.0, 5.0], [10.0, 1.0])
+    assert found.value == pytest.approx(15 / 11)
+    assert (found.low, found.high) == (1.0, 5.0)

@@ -228,9 +228,8 @@ def _saved_to_disk(data: DataRecipe, split: str, name: str) -> Iterator[Row] | N
         raise DataError(f"{name}: cannot be read ({type(error).__name__}: {error}); save it again.") from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise DataError(
-                f"{name}: no split {split!r}.{nearest(split, map(str, saved))} It has {', '.join(map(str, saved))}."
-            )
+            known = [str(part) for part in saved]
+            raise DataError(f"{name}: no split {split!r}.{nearest(split, known)} It has {', '.join(known)}.")
         saved = saved[split]
     elif split not in ("train", str(saved.split)):
         raise DataError(f"{name}: the folder holds one data set without splits; leave `split` and `test_split` out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from transformers import PreTrainedTokenizerBase
 from dylora_moe.data.examples import Example, encode, encode_prompt, reference
 
 Progress = Callable[[int], None]
+RESAMPLES = 1000
+BOUNDS = (0.025, 0.975)
+"""Between which of the resampled values the interval lies."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number measured on some rows.
+
+    Attributes:
+        value: the number.
+        rows: of which it is the mean.
+        low: from where its 95 % bootstrap interval goes,
+        high: and to where.
+    """
+
+    value: float
+    rows: int
+    low: float
+    high: float
 
 
 @torch.no_grad()
@@ -64,7 +85,7 @@ def answers(
 
 def exact_match(
     texts: Sequence[str], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, chat: bool = False
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Share of answers equal to the completion (both stripped), per domain."""
     right = [float(t == reference(e, tokenizer, chat)) for t, e in zip(texts, examples, strict=True)]
     return _per_domain(examples, right, [1.0] * len(texts))
@@ -81,7 +102,7 @@ def completion_loss(
     chat: bool = False,
     progress: Progress = lambda done: None,
     **forward: Any,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Mean cross-entropy in nats per completion token, per domain, every token weighing the same.
 
     Args:
@@ -124,9 +145,24 @@ def by_domain(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return {domain: [e for e in examples if e.domain == domain] for domain in domains_of(examples)}
 
 
-def _per_domain(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+def _per_domain(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[float]) -> dict[str, Measured]:
     result = {}
     for domain in domains_of(examples):
         inside = [i for i, example in enumerate(examples) if example.domain == domain]
-        result[domain] = sum(sums[i] for i in inside) / max(sum(counts[i] for i in inside), 1.0)
+        result[domain] = measured([sums[i] for i in inside], [counts[i] for i in inside])
     return result
+
+
+def measured(sums: Sequence[float], counts: Sequence[float]) -> Measured:
+    """Σ sums / Σ counts, with the percentile bootstrap over rows (Efron 1979): the same numbers give the same bounds.
+
+    Args:
+        sums: of each row.
+        counts: of each row, what its sum is over.
+    """
+    pairs = torch.tensor([list(sums), list(counts)], dtype=torch.float64)
+    total, count = pairs.sum(1).tolist()
+    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(0))
+    top, bottom = pairs[:, drawn].sum(-1)
+    low, high = torch.quantile(top / bottom.clamp(min=1.0), torch.tensor(BOUNDS, dtype=torch.float64)).tolist()
+    return Measured(total / max(count, 1.0), len(sums), low, high)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the table is read by recipes, which are checked without tor
 
     from dylora_moe.data.examples import Example
 
-    from .held_out import Progress
+    from .held_out import Measured, Progress
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Measure(Protocol):
         settings: Settings,
         progress: Progress,
         **force: Any,
-    ) -> dict[str, float]: ...
+    ) -> dict[str, Measured]: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def measure_exact_match(
     settings: Settings,
     progress: Progress,
     **force: Any,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Share of greedy answers that equal the completion, per domain."""
     from .held_out import answers, exact_match
 
@@ -111,7 +111,7 @@ def measure_loss(
     settings: Settings,
     progress: Progress,
     **force: Any,
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Mean cross-entropy per completion token, per domain."""
     from .held_out import completion_loss
 

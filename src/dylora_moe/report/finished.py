@@ -83,7 +83,7 @@ def _check_shape(results: Mapping[str, Any], file: Path) -> None:
     """Raise a `CheckpointError` for the first part of `results.json` that is not what the job writes."""
     if (metric := results.get("metric", DEFAULT_METRIC)) not in [*METRICS]:
         raise CheckpointError(f"{file}: unknown metric {metric!r}; known are {', '.join(METRICS)}.")
-    flat = {key: results.get(key) for key in (*COLUMNS, "parameters", "phases")}
+    flat = {key: results.get(key) for key in (*COLUMNS, "rows", "parameters", "phases")}
     for part in ("load", "routing"):
         rows = results.get(part) or {}
         if not isinstance(rows, dict):
@@ -98,6 +98,13 @@ def _check_shape(results: Mapping[str, Any], file: Path) -> None:
             nested = key == "coactivation" and isinstance(value, dict)
             if not (_is_number(value) or may_be_missing or nested):
                 raise CheckpointError(f"{file}: {name!r} holds {value!r} at {key!r}; expected a number.")
+    intervals = results.get("intervals") or {}
+    for column, bounds in intervals.items() if isinstance(intervals, dict) else [("", intervals)]:
+        for domain, pair in bounds.items() if isinstance(bounds, dict) else [("", bounds)]:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))):
+                raise CheckpointError(
+                    f"{file}: 'intervals/{column}' holds {pair!r} at {domain!r}; expected two numbers."
+                )
     for key in ("seconds", "passes_per_step"):
         if not _is_number(results.get(key) or 0):
             raise CheckpointError(f"{file}: {key!r} holds {results[key]!r}; expected a number.")

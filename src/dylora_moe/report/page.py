@@ -103,11 +103,35 @@ def _results_table(run: Run) -> list[dict[str, Any]]:
         known = [value for value in row.values() if value is not None]
         best = (max if run.metric.higher_is_better else min)(known) if len(known) > 1 else None
         cells = [
-            {"value": _value(run, value), "best": value == best, **_change(run, value, row.get("base"), key)}
+            {
+                "value": _value(run, value),
+                "best": value == best,
+                "interval": _interval(run, key, name),
+                **_change(run, value, row.get("base"), key),
+            }
             for key, value in row.items()
         ]
-        table.append({"name": name, "cells": cells, "mean": i >= len(run.domains), "colour": run.colours.get(name)})
+        rows_of = run.results.get("rows") or {}
+        counted = "" if i >= len(run.domains) else str(rows_of.get(name, ""))
+        table.append(
+            {
+                "name": name,
+                "rows": counted,
+                "cells": cells,
+                "mean": i >= len(run.domains),
+                "colour": run.colours.get(name),
+            }
+        )
     return table
+
+
+def _interval(run: Run, key: str, domain: str) -> str:
+    """The 95 % bootstrap interval of a value; runs of before have none."""
+    bounds = ((run.results.get("intervals") or {}).get(key) or {}).get(domain)
+    if not bounds:
+        return ""
+    low, high = bounds
+    return f"{low:.0%} – {high:.0%}" if run.metric.is_share else f"{low:.2f} – {high:.2f}"
 
 
 def _change(run: Run, value: float | None, base: float | None, key: str) -> dict[str, str]:

@@ -116,13 +116,18 @@ def results_tables(results: Results) -> list[Table]:
         return []
     metric = METRICS[results.metric]
     table = Table(title=f"Held-out {metric.title}" + ("" if metric.is_share else f" ({metric.unit})"))
+    table.caption = "with 95 % bootstrap intervals over the rows"
     table.add_column("domain")
+    table.add_column("rows", justify="right")
     columns = [key for key in COLUMNS if results.columns.get(key)]
     for key in columns:
         table.add_column(COLUMNS[key], justify="right")
     for domain in results.columns["base"]:
-        values = (results.columns[key][domain] for key in columns)
-        table.add_row(domain, *(f"{v:.1%}" if metric.is_share else f"{v:.3f}" for v in values))
+        cells = []
+        for key in columns:
+            bounds = results.intervals.get(key, {}).get(domain)
+            cells.append(_shown(results.columns[key][domain], bounds, metric.is_share))
+        table.add_row(domain, str(results.rows.get(domain, "")), *cells)
     load = Table(title="Load of each expert per domain")
     load.add_column("domain")
     names = list(dict.fromkeys(name for shares in results.load.values() for name in shares))
@@ -131,3 +136,10 @@ def results_tables(results: Results) -> list[Table]:
     for domain, row in results.load.items():
         load.add_row(domain, *(f"{row.get(name, 0.0):.1%}" for name in names))
     return [table, load]
+
+
+def _shown(value: float, bounds: Sequence[float] | None, is_share: bool) -> str:
+    """A value, and its interval below it."""
+    if is_share:
+        return f"{value:.1%}" + (f"\n{bounds[0]:.0%} – {bounds[1]:.0%}" if bounds else "")
+    return f"{value:.3f}" + (f"\n{bounds[0]:.2f} – {bounds[1]:.2f}" if bounds else "")

@@ -213,7 +213,11 @@ class Recipe:
 
     Args:
         experts: name → expert.
+        base: the frozen base.
         start: checkpoint of a mixture to go on with; its experts stay, and those that only `experts` names are added.
+        mixture: fields of `MoELoraConfig`, and with them of every expert's `peft.LoraConfig`.
+        train: how to train.
+        eval: what to measure.
         output: folder of the run and of the resulting checkpoint.
         seed: of data, weights and training.
     """

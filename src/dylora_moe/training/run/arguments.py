@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
@@ -74,7 +74,7 @@ def recipe_text(recipe: Recipe, context: int) -> str:
     return text + ("# On this machine, which has no accelerator, also: train.use_cpu: true\n" if decided else "")
 
 
-def keep_intervals(arguments: SFTConfig, checkpoint: Path) -> None:
+def keep_intervals(arguments: TrainingArguments, checkpoint: Path) -> None:
     """Give intervals that are shares of a stage in the steps that its checkpoint counted them to be.
 
     Trainer compares the two when it resumes, and would call the same interval a difference.

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsag
 
 from dylora_moe.checkpoint.files import CheckpointError, write_file
 from dylora_moe.data.examples import MIXING_TEMPERATURE, Example, TooLong, fingerprint, fit_to_length, mix, to_dataset
-from dylora_moe.evaluation.held_out import by_domain
+from dylora_moe.evaluation.held_out import Measured, by_domain
 from dylora_moe.evaluation.metrics import METRICS
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.training.recipe.methods import Stage
@@ -346,11 +346,18 @@ class Job:
         results.passes_per_step = mixture.passes_per_step
         report = mixture.parameter_report()
         results.parameters = {**report.experts, "router": report.router, "base": report.base}
+        if not self.test:
+            self.console.print(
+                "Nothing was measured: no expert has held-out data (`test`, or `test_split` of a data set).",
+                highlight=False,
+                markup=False,
+            )
         measurement = Measurement(self.recipe, self.tokenizer, self.test, self.console)
         with self._phase("evaluate base"):
-            results.columns["base"] = measurement.column(mixture, "base", experts="base")
+            results.add("base", measurement.column(mixture, "base", experts="base"))
         with self._phase("evaluate mixture"):
-            results.columns.update(measurement.routings(mixture))
+            for name, column in measurement.routings(mixture):
+                results.add(name, column)
         with self._phase("save and reload"):
             routing = measurement.routing(mixture)
             results.load = {domain: row.pop("load") for domain, row in routing.items()}
@@ -363,12 +370,12 @@ class Job:
             del again
         if self.recipe.eval.baseline:
             with self._phase("single LoRA"):
-                results.columns["single"] = self._single(mixture, measurement)
+                results.add("single", self._single(mixture, measurement))
         write_file(self.folder.path / HISTORY_FILE, json.dumps(self.folder.history(self.stages), indent=1) + "\n")
         write_file(self.folder.path / RESULTS_FILE, json.dumps(results.to_dict(), indent=2) + "\n")
         return results
 
-    def _single(self, mixture: DyLoraMoE, measurement: Measurement) -> dict[str, float]:
+    def _single(self, mixture: DyLoraMoE, measurement: Measurement) -> dict[str, Measured]:
         """A single LoRA of the summed rank on the same layers and data, for as many steps, with the same settings."""
         set_seed(self.recipe.seed)
         config = single_lora_config(mixture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example
-from dylora_moe.evaluation.held_out import answers, by_domain, completion_loss
+from dylora_moe.evaluation.held_out import Measured, answers, by_domain, completion_loss
 from dylora_moe.evaluation.metrics import METRICS, Settings
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.routing.trace import RoutingTrace
@@ -20,6 +21,8 @@ from dylora_moe.training.recipe.sections import Recipe
 
 ROUTED_SAMPLE = 32
 """Examples per domain whose routing is recorded."""
+LINE_SECONDS = 5.0
+"""Between two lines of progress where there is no terminal."""
 
 
 class Measurement:
@@ -37,7 +40,7 @@ class Measurement:
         length = recipe.train.arguments.get("max_length") or tokenizer.model_max_length
         self.settings = Settings(recipe.eval.batch_size, recipe.eval.max_new_tokens, length, recipe.base.chat)
 
-    def column(self, model: Any, title: str, **force: Any) -> dict[str, float]:
+    def column(self, model: Any, title: str, **force: Any) -> dict[str, Measured]:
         """The metric per domain; `force` goes to the model, for example `experts="base"`."""
         if not self.test:
             return {}
@@ -47,11 +50,12 @@ class Measurement:
                 values |= measure(model, self.tokenizer, examples, self.settings, progress, **force)
         return values
 
-    def routings(self, mixture: DyLoraMoE) -> Iterator[tuple[str, dict[str, float]]]:
-        """Columns of the mixture under dense, top-1 and top-2 routing; its own `top_k` is put back."""
+    def routings(self, mixture: DyLoraMoE) -> Iterator[tuple[str, dict[str, Measured]]]:
+        """Columns of the mixture under dense, top-1 and top-2 routing, each k once; its own `top_k` is put back."""
         default, outputs = mixture.moe_config.top_k, mixture.router.num_outputs
+        kept = {"mixture": outputs} | {name: k for name, k in {"top1": 1, "top2": 2}.items() if k < outputs}
         try:
-            for name, k in {"mixture": outputs, "top1": 1, "top2": min(2, outputs)}.items():
+            for name, k in kept.items():
                 mixture.moe_config.top_k = k
                 yield name, self.column(mixture, name)
         finally:
@@ -83,10 +87,30 @@ class Measurement:
 
     @contextmanager
     def _bar(self, title: str, total: int) -> Iterator[Any]:
+        """Progress over so many examples: a bar, or where there is no terminal a line at least every few seconds."""
+        if not self.console.is_terminal:
+            lines = _Lines(self.console, f"evaluate {title}", total)
+            yield lines.advance
+            return
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(f"evaluate {title}", total=total)
             yield lambda done: progress.advance(task, done)
+
+
+class _Lines:
+    """Progress as lines of text, the last one always and the others `LINE_SECONDS` apart."""
+
+    def __init__(self, console: Console, title: str, total: int):
+        self.console, self.title, self.total, self.done = console, title, total, 0
+        self.printed = time.monotonic()
+
+    def advance(self, done: int) -> None:
+        """Note that so many more are done."""
+        self.done += done
+        if self.done >= self.total or time.monotonic() - self.printed >= LINE_SECONDS:
+            self.printed = time.monotonic()
+            self.console.print(f"{self.title} {self.done}/{self.total}", highlight=False, markup=False)
 
 
 def _sharpness(trace: RoutingTrace) -> dict[str, Any]:
