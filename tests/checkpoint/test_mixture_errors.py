@@ -92,8 +92,8 @@ ADAPTER_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "modules_to_save": ("adapter_config.json", change_json(modules_to_save=["lm_head"]), "modules_to_save=['lm_head']"),
     "bias": ("adapter_config.json", change_json(bias="all"), "bias='all'"),
     "rank zero": ("adapter_config.json", change_json(r=0), ": r=0: a positive integer"),
-    "rank as text": ("adapter_config.json", change_json(r="three"), ": r='three': a positive integer"),
-    "alpha as text": ("adapter_config.json", change_json(lora_alpha="x"), "does not fit LlamaForCausalLM"),
+    "rank as text": ("adapter_config.json", change_json(r="three"), "r is 'three'; expected a number"),
+    "alpha as text": ("adapter_config.json", change_json(lora_alpha="x"), "lora_alpha is 'x'; expected a number"),
     "other rank": ("adapter_config.json", change_json(r=2), "expects [2, 16]"),
 }
 MIXTURE_DAMAGES: dict[str, tuple[str, Damage, str]] = {

@@ -23,6 +23,7 @@ from dylora_moe.config import check_mixable
 from dylora_moe.experts.tensors import layer_tensors
 
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+from .settings import UNFIT, check_kinds
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -53,11 +54,12 @@ def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter
         raise CheckpointError(
             f"{config_file}: peft_type is {fields.get('peft_type')!r}; only LORA adapters can be mixed."
         )
+    check_kinds(LoraConfig, fields, config_file)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         assert isinstance(config, LoraConfig)
         check_mixable(config, name)
-    except (ValueError, TypeError) as error:
+    except UNFIT as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     config.inference_mode = False  # whether an expert trains is the mixture's business
     tensors = read_tensors(folder / ADAPTER_TENSORS)
@@ -74,7 +76,7 @@ def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> 
         skeleton = type(base)(copy.deepcopy(base.config))
         try:
             model = LoraModel(skeleton, {"probe": copy.deepcopy(config)}, "probe", low_cpu_mem_usage=True)
-        except (ValueError, TypeError) as error:
+        except UNFIT as error:
             made_for = config.base_model_name_or_path or "an unnamed base"
             raise CheckpointError(
                 f"{file}: made for {made_for}, does not fit {type(base).__name__}: {error}"

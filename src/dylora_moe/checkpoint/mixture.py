@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylora_moe.config import MoELoraConfig
+from dylora_moe.base.placement import Placement
+from dylora_moe.config import MoELoraConfig, check_expert_name
 from dylora_moe.experts.expert_set import NEW, ROUTED
 from dylora_moe.routing.router import Router
 from dylora_moe.version import __version__
 
 from .adapters import Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+from .settings import UNFIT, check_kinds, shown
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "moe_config.json"
@@ -94,12 +96,15 @@ def read_mixture(folder: Path, description: Description, base: PreTrainedModel) 
     Raises:
         CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file.
     """
+    config, num_layers = description.config, Placement.of(base).num_layers
+    outputs, width = len(description.states) + config.route_to_base, base.config.get_text_config().hidden_size
+    try:
+        config.resolve_router_layer(num_layers)
+        with torch.device("meta"):
+            router = Router(width, outputs, config.router_type, config.router_hidden_size)
+    except UNFIT as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: does not fit {type(base).__name__}: {error}") from error
     experts = {name: read_adapter(folder / name, base, name) for name in description.states}
-    config = description.config
-    outputs = len(experts) + config.route_to_base
-    with torch.device("meta"):
-        width = base.config.get_text_config().hidden_size
-        router = Router(width, outputs, config.router_type, config.router_hidden_size)
     return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router))
 
 
@@ -127,8 +132,11 @@ def check_gathered(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tens
 def saved_experts(directory: Path) -> set[str]:
     """Names of the experts of the mixture in `directory`, if there is one."""
     try:
-        return {entry["name"] for entry in read_json(directory / CONFIG_FILE)["experts"]}
-    except (CheckpointError, KeyError, TypeError):
+        states, _ = _parse_experts(read_json(directory / CONFIG_FILE).get("experts"), directory / CONFIG_FILE)
+        for name in states:
+            check_expert_name(name)  # these folders will be replaced: none may lie elsewhere
+        return set(states)
+    except ValueError:
         return set()
 
 
@@ -159,16 +167,35 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the newest this version of dylora-moe "
             "reads; upgrade dylora-moe."
         )
+    states, frozen = _parse_experts(fields.get("experts"), file)
+    settings = check_kinds(MoELoraConfig, fields.get("config"), file, "config")
     try:
-        experts = {entry["name"]: entry for entry in fields["experts"]}
-        states = {name: entry["state"] for name, entry in experts.items()}
-        config = MoELoraConfig(**fields["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} does not describe a mixture: {type(error).__name__} {error}.") from error
+        config = MoELoraConfig(**settings)
+    except UNFIT as error:
+        raise CheckpointError(f"{file} does not describe a mixture: config: {error}.") from error
     if list(states) != config.expert_names or any(state not in (NEW, ROUTED) for state in states.values()):
         raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
     if ROUTED not in states.values():
         raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
-    frozen = {name for name, entry in experts.items() if entry.get("frozen")}
+    for key in ("base_model_name_or_path", "base_revision"):
+        if not isinstance(fields.get(key), str | None):
+            raise CheckpointError(f"{file}: {key} is {shown(fields[key])}; expected text.")
     base, revision = fields.get("base_model_name_or_path"), fields.get("base_revision")
-    return Description(config, states, frozen, str(base) if base else None, revision or None)
+    return Description(config, states, frozen, base or None, revision or None)
+
+
+def _parse_experts(entries: Any, file: Path) -> tuple[dict[str, str], set[str]]:
+    """The states of the experts by name, in order, and which are frozen."""
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{file}: experts is {shown(entries)}; expected a list.")
+    kinds = {"name": str, "state": str, "frozen": bool}
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{file}: experts[{position}] is {shown(entry)}; expected an object.")
+        for key, kind in kinds.items():
+            if not isinstance(entry.get(key, False if kind is bool else None), kind):
+                raise CheckpointError(
+                    f"{file}: experts[{position}].{key} is {shown(entry.get(key))}; expected "
+                    f"{'true or false' if kind is bool else 'text'}."
+                )
+    return {e["name"]: e["state"] for e in entries}, {e["name"] for e in entries if e.get("frozen")}
