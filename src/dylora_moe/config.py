@@ -236,7 +236,8 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
         raise ValueError(f"expert name {name!r}: use a letter, then letters, digits, '_' or '-'.")
     if name in taken:
         raise ValueError(f"expert {name!r} exists already; the experts are {', '.join(taken)}.")
-    reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict())
+    reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
+    reserved = reserved or name in vars(nn.ModuleDict()) or name in vars(nn.ParameterDict())
     if not reserved and base is not None:
         reserved = any(name in path.split(".") for path, _ in base.named_modules())
         reserved = reserved or name in ("base_model", "router", "lora_A", "lora_B", "base_layer")

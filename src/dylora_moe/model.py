@@ -31,9 +31,19 @@ from .checkpoint.mixture import (
     Description,
     MixtureState,
     check_gathered,
+    moved_base,
     read_description,
     read_mixture,
     write_mixture,
+)
+from .checkpoint.vocabulary import (
+    Vocabulary,
+    added_rows,
+    put_rows,
+    resize_as_saved,
+    rows_by_name,
+    rows_of,
+    whole_embeddings,
 )
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
@@ -56,6 +66,8 @@ from .routing.router import Router
 from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, whole
 
+_ROWS = "added_rows."
+
 
 class DyLoraMoE(PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
@@ -72,6 +84,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         placement: where the decoder layers of the base are.
         router_layer_index: k; L for `"last"`.
         base_name: what the base is called in checkpoints, or None.
+        named_rows: rows of the embeddings of the base that this name stands for, if that is known.
     """
 
     base_model: Any  # a peft.LoraModel
@@ -114,6 +127,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             raise
         self.moe_config = config
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
+        self.named_rows = rows_by_name(base, self.base_name)
         self.placement = placement
         self.router_layer_index = first
         self.holder = Holder(resting=BARE)
@@ -224,7 +238,14 @@ class DyLoraMoE(PeftModelForCausalLM):
                     f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
                 )
             base_kwargs = {**({"revision": known.base_revision} if known.base_revision else {}), **base_kwargs}
-        model, given_name = load_base(base or known.base_name or "", base_kwargs)
+        try:
+            model, given_name = load_base(base or known.base_name or "", base_kwargs)
+        except OSError as error:
+            if base is not None:
+                raise
+            raise moved_base(folder, known, error) from error
+        if model is not base:
+            resize_as_saved(model, known.vocabulary)
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
@@ -233,6 +254,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     def _take_over(self, state: MixtureState, trainable: bool) -> None:
         """Put the values of a checked checkpoint in place, in the dtypes they were saved in."""
+        put_rows(cast(PreTrainedModel, self.get_base_model()), state.added_rows)
         for name, adapter in state.experts.items():
             self.experts.load(name, adapter.tensors, keep_dtype=True)
         for key, parameter in self.router.named_parameters():
@@ -325,6 +347,11 @@ class DyLoraMoE(PeftModelForCausalLM):
     @touch_all_experts.setter
     def touch_all_experts(self, value: bool) -> None:
         self.experts.touch_all = value
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Rows of the embeddings, now and as loaded by the base's name."""
+        return Vocabulary(rows_of(cast(PreTrainedModel, self.get_base_model())), self.named_rows)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter of the mixture exactly once: per expert, `router`, `frozen`."""
@@ -645,16 +672,22 @@ class DyLoraMoE(PeftModelForCausalLM):
             router = {key: gathered[f"router.{key}"] for key in router}
         revision = getattr(self.config, "_commit_hash", None)
         states, frozen = dict(self.expert_states), self.frozen_experts
-        known = Description(self.moe_config, states, frozen, self.base_name, revision)
-        return MixtureState(known, adapters, router)
+        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.vocabulary)
+        own = {key.removeprefix(_ROWS): value for key, value in (gathered or {}).items() if key.startswith(_ROWS)}
+        return MixtureState(known, adapters, router, own or self._added_rows())
+
+    def _added_rows(self) -> dict[str, Tensor]:
+        return added_rows(cast(PreTrainedModel, self.get_base_model()), self.vocabulary.added)
 
     def gathered(self) -> dict[str, Tensor]:
         """All tensors of experts and router by parameter name, whole and on the CPU; the base stays in its shards.
 
-        Where processes share parameters in shards, every one of them must call.
+        With them the rows that a resized base gained. Where processes share parameters in shards, every one of them
+        must call.
         """
         reshard(self)
-        return {name: whole(tensor.data).cpu() for name, tensor in self._trained_tensors().items()}
+        tensors = {name: whole(tensor.data).cpu() for name, tensor in self._trained_tensors().items()}
+        return {**tensors, **{f"{_ROWS}{key}": rows.cpu() for key, rows in self._added_rows().items()}}
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """The tensors of experts and router by parameter name."""
@@ -703,7 +736,7 @@ class DyLoraMoE(PeftModelForCausalLM):
     def export_expert(self, name: str, directory: str | Path) -> None:
         """Write one expert as a stock PEFT adapter, loadable with `PeftModel.from_pretrained(base, directory)`."""
         config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
-        write_adapter(Path(directory), config, {part.key: part.tensor.data for part in self.expert_tensors(name)})
+        self._write_stock(Path(directory), config, {p.key: p.tensor.data for p in self.expert_tensors(name)})
 
     def export_mixture(self, weights: Mapping[str, float], directory: str | Path) -> None:
         """Write a fixed mixture Σ_e w_e · expert_e as one exact LoRA, by concatenating the ranks.
@@ -716,7 +749,13 @@ class DyLoraMoE(PeftModelForCausalLM):
             ValueError: an unknown expert, a weight that is not finite, or a DoRA expert (its output is not linear).
         """
         configs = {name: self.lora_config(name) for name in self.expert_names}
-        write_adapter(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+        self._write_stock(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+
+    def _write_stock(self, directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Write an adapter that stands alone: as stock PEFT does, with the embeddings of a resized base."""
+        base = cast(PreTrainedModel, self.get_base_model())
+        embeddings = whole_embeddings(base, tensors) if self.vocabulary.resized else {}
+        write_adapter(directory, config, {**tensors, **embeddings})
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -759,6 +798,21 @@ class DyLoraMoE(PeftModelForCausalLM):
             "a mixture keeps all its experts active; to force one, pass experts=... to forward or generate, or use "
             "`with model.use_experts(name)`."
         )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the base's own; what it adds is saved with the mixture.
+
+        Raises:
+            ValueError: an expert adapts the embeddings or the head, so that its tensors would keep the old size.
+        """
+        base = cast(PreTrainedModel, self.get_base_model())
+        embedding = [base.get_input_embeddings(), base.get_output_embeddings()]
+        if new_num_tokens is not None and any(layer in embedding for layer in self.routed_layers):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): experts adapt the embeddings or the head and keep their "
+                "size; resize the base before the mixture is made."
+            )
+        return base.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def unload(self) -> nn.Module:
         """Take the base back, bare: without experts and without hooks. The mixture is of no use afterwards."""

@@ -99,7 +99,7 @@ ADAPTER_DAMAGES: dict[str, tuple[str, Damage, str]] = {
 MIXTURE_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "missing configuration": ("moe_config.json", Path.unlink, "is missing"),
     "broken configuration": ("moe_config.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
-    "newer format": ("moe_config.json", change_json(format_version=2), "format_version 2 is newer than 1"),
+    "newer format": ("moe_config.json", change_json(format_version=3), "format_version 3 is newer than 2"),
     "no format": ("moe_config.json", drop_json("format_version"), "format_version is None"),
     "no experts": ("moe_config.json", drop_json("experts"), "experts"),
     "no settings": ("moe_config.json", drop_json("config"), "config"),

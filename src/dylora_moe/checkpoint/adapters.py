@@ -94,10 +94,18 @@ def _drop_base_weights(
     own = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters(remove_duplicate=False)}
     for key in sorted(set(tensors) - set(expected)):
         weight = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if weight is None or weight.shape != tensors[key].shape:
+        if weight is None or weight.shape[1:] != tensors[key].shape[1:]:
             continue
+        if len(weight) != len(tensors[key]):
+            raise CheckpointError(
+                f"{file}: {key} has {len(tensors[key])} rows, this base {len(weight)}: the adapter was trained with "
+                "another vocabulary; resize the base with resize_token_embeddings and give it these rows first."
+            )
         if not torch.equal(tensors[key].to(weight), weight):
-            raise CheckpointError(f"{file}: {key} differs from the base's weight, which all experts share.")
+            raise CheckpointError(
+                f"{file}: {key} differs from the base's weight, which all experts share; give the base these values "
+                "first, if they are the ones to use."
+            )
         del tensors[key]
 
 

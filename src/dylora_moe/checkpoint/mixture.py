@@ -1,10 +1,13 @@
-"""The checkpoint format (`format_version: 1`): save, load, validate. Everything is checked before a model is touched.
+"""The checkpoint format: save, load, validate. Everything is checked before a model is touched.
 
-dir/moe_config.json                    mixture configuration, expert order and state, base name and revision
+dir/moe_config.json                    mixture configuration, expert order and state, base name, revision and rows
 dir/router.safetensors                 router tensors
 dir/<expert>/adapter_config.json       stock PEFT
 dir/<expert>/adapter_model.safetensors
+dir/vocabulary.safetensors             rows that the base's embeddings and head gained since it was loaded, if any
 dir/README.md                          model card
+
+`format_version` is 1 where an older version of this package reads the checkpoint rightly, 2 where the base is resized.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +34,12 @@ from dylora_moe.version import __version__
 from .adapters import Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 from .settings import UNFIT, check_kinds, shown
+from .vocabulary import Vocabulary, row_shapes, rows_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "moe_config.json"
 ROUTER_FILE = "router.safetensors"
+VOCABULARY_FILE = "vocabulary.safetensors"
 CARD_FILE = "README.md"
 LATER_FIELDS = {"policy": "top_k"}
 """Fields that came later; left out where they have this value, so that older versions read the file."""
@@ -48,6 +53,7 @@ class Description(NamedTuple):
         states: expert → `"routed"` or `"new"`, in order.
         frozen: experts that do not train.
         base_name, base_revision: of the base, if they were known.
+        vocabulary: rows of its embeddings.
     """
 
     config: MoELoraConfig
@@ -55,6 +61,7 @@ class Description(NamedTuple):
     frozen: set[str]
     base_name: str | None
     base_revision: str | None
+    vocabulary: Vocabulary = Vocabulary()
 
 
 @dataclass(frozen=True)
@@ -65,29 +72,46 @@ class MixtureState:
         description: configuration, experts and base.
         experts: name → stock configuration and tensors by stock key, in order.
         router: tensors by name.
+        added_rows: what the base's embeddings and head gained since it was loaded by its name.
     """
 
     description: Description
     experts: dict[str, Adapter]
     router: dict[str, Tensor]
+    added_rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_mixture(state: MixtureState, directory: Path, card: str) -> None:
     """Write a checkpoint folder atomically, with the text of its model card."""
-    with replacing(directory, owned={CONFIG_FILE, ROUTER_FILE, CARD_FILE, *saved_experts(directory)}) as folder:
+    owned = {CONFIG_FILE, ROUTER_FILE, VOCABULARY_FILE, CARD_FILE, *saved_experts(directory)}
+    with replacing(directory, owned) as folder:
         for name, adapter in state.experts.items():
             write_adapter_files(folder / name, adapter.config, adapter.tensors)
-        router = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.router.items()}
-        save_file(router, folder / ROUTER_FILE)
+        save_file(_plain(state.router), folder / ROUTER_FILE)
+        if state.added_rows:
+            save_file(_plain(state.added_rows), folder / VOCABULARY_FILE)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         text = json.dumps(_fields(state.description), indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def read_description(directory: str | Path) -> tuple[Path, Description]:
     """The local folder of a checkpoint (a hub id is downloaded), and what its `moe_config.json` says."""
     folder = local_folder(directory, [CONFIG_FILE])
     return folder, _parse(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+
+
+def moved_base(folder: Path, description: Description, error: Exception) -> CheckpointError:
+    """What to say where the base that a checkpoint names is not to be had."""
+    return CheckpointError(
+        f"{folder / CONFIG_FILE} names the base {description.base_name}, which cannot be loaded: {error} If it has "
+        "moved, say where it is: base=... (a loaded model, its name or folder), --base on the command line, base.model "
+        "in a recipe."
+    )
 
 
 def read_mixture(folder: Path, description: Description, base: PreTrainedModel) -> MixtureState:
@@ -104,8 +128,31 @@ def read_mixture(folder: Path, description: Description, base: PreTrainedModel) 
             router = Router(width, outputs, config.router_type, config.router_hidden_size)
     except UNFIT as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: does not fit {type(base).__name__}: {error}") from error
+    added_rows = read_vocabulary(folder, description, base)
     experts = {name: read_adapter(folder / name, base, name) for name in description.states}
-    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router))
+    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows)
+
+
+def read_vocabulary(folder: Path, description: Description, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The rows that a checkpoint adds to the embeddings of its base; checks that `base` has as many as it had.
+
+    Raises:
+        CheckpointError: a base of another size, or a file that is missing or damaged.
+    """
+    saved, rows = description.vocabulary, rows_of(base)
+    if saved.rows is not None and rows != saved.rows:
+        was = f"its base had {saved.rows} rows in its embeddings"
+        if saved.resized:
+            was += f" ({saved.named_rows} of {description.base_name}, which was resized after it was loaded)"
+        remedy = f"call base.resize_token_embeddings({saved.rows}) first"
+        if saved.resized:
+            remedy += ", or pass the base's name: the rows are then added and filled from the checkpoint"
+        raise CheckpointError(f"{folder / CONFIG_FILE}: when it was saved, {was}; this base has {rows}: {remedy}.")
+    if not saved.added:
+        return {}
+    tensors = read_tensors(folder / VOCABULARY_FILE)
+    check_tensors(tensors, row_shapes(base, saved.added), folder / VOCABULARY_FILE, f"this {type(base).__name__}")
+    return tensors
 
 
 def read_router(file: Path, router: Router) -> dict[str, Tensor]:
@@ -145,8 +192,13 @@ def _fields(description: Description) -> dict[str, Any]:
     lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}
     kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
     kept = {key: value for key, value in kept.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
+    vocabulary = description.vocabulary
+    rows = {"vocabulary_rows": vocabulary.rows, "base_vocabulary_rows": vocabulary.named_rows}
+    if not vocabulary.resized:
+        del rows["base_vocabulary_rows"]
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if vocabulary.resized else 1,
+        **rows,
         "dylora_moe_version": __version__,
         "base_model_name_or_path": description.base_name,
         "base_revision": description.base_revision,
@@ -180,8 +232,13 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
     for key in ("base_model_name_or_path", "base_revision"):
         if not isinstance(fields.get(key), str | None):
             raise CheckpointError(f"{file}: {key} is {shown(fields[key])}; expected text.")
+    for key in ("vocabulary_rows", "base_vocabulary_rows"):
+        rows = fields.get(key)
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise CheckpointError(f"{file}: {key} is {shown(rows)}; expected a positive integer.")
+    vocabulary = Vocabulary(fields.get("vocabulary_rows"), fields.get("base_vocabulary_rows"))
     base, revision = fields.get("base_model_name_or_path"), fields.get("base_revision")
-    return Description(config, states, frozen, base or None, revision or None)
+    return Description(config, states, frozen, base or None, revision or None, vocabulary)
 
 
 def _parse_experts(entries: Any, file: Path) -> tuple[dict[str, str], set[str]]:
