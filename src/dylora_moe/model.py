@@ -24,9 +24,10 @@ from .base.loading import check_bare, load_base, strip_adapters
 from .base.placement import Placement
 from .checkpoint.adapters import Adapter, read_adapter, write_adapter
 from .checkpoint.card import model_card
-from .checkpoint.files import CheckpointError
+from .checkpoint.files import CheckpointError, write_file
 from .checkpoint.hub import OPTIONS, upload
 from .checkpoint.mixture import (
+    CARD_FILE,
     CONFIG_FILE,
     Description,
     MixtureState,
@@ -662,6 +663,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         Args:
             gathered: full tensors by parameter name, where they are not those of this process.
         """
+        base = cast(PreTrainedModel, self.get_base_model())
+        self.experts.check_complete(self.peft_config, base)
         adapters, router = {}, self.router.state_dict()
         for name in self.expert_names:
             config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
@@ -716,7 +719,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
-        for ignored in ("save_embedding_layers", "max_shard_size", "save_function"):  # PEFT and accelerate pass them
+        if kwargs.pop("save_embedding_layers", "auto") is True:
+            raise ValueError(
+                "save_embedding_layers=True: of the embeddings a mixture saves the rows that the base gained since it "
+                "was loaded, and by itself; leave it out."
+            )
+        for ignored in ("max_shard_size", "save_function"):  # accelerate passes them
             kwargs.pop(ignored, None)
         if state_dict is None and is_sharded(next(self.router.parameters())):
             state_dict = self.gathered()  # every process must call
@@ -728,10 +736,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         if state_dict is not None:
             check_gathered(state_dict, self._trained_tensors())
         state, directory = self.state(state_dict), Path(save_directory)
-        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
-        write_mixture(state, directory, card)
+        write_mixture(state, directory, self._card(state, results))
         if push_to_hub:
             upload(directory, repo_id or directory.name, **hub)
+
+    def _card(self, state: MixtureState, results: Mapping[str, Any] | None = None) -> str:
+        return model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results)
 
     def export_expert(self, name: str, directory: str | Path) -> None:
         """Write one expert as a stock PEFT adapter, loadable with `PeftModel.from_pretrained(base, directory)`."""
@@ -780,8 +790,19 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ PEFT's names for the same
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
-        """PEFT's name for `add_expert`."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """PEFT's name for `add_expert`; PEFT's two options are those of an empty or half-precision adapter, refused."""
+        if low_cpu_mem_usage or not autocast_adapter_dtype:
+            raise ValueError(
+                f"low_cpu_mem_usage={low_cpu_mem_usage}, autocast_adapter_dtype={autocast_adapter_dtype}: a new expert "
+                "has values, in float32; leave both out."
+            )
         self.add_expert(adapter_name, peft_config)
 
     def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False) -> None:
@@ -799,20 +820,70 @@ class DyLoraMoE(PeftModelForCausalLM):
             "`with model.use_experts(name)`."
         )
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's name for `unfreeze_expert` and `freeze_expert`."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            (self.unfreeze_expert if requires_grad else self.freeze_expert)(name)
+
+    def enable_adapter_layers(self) -> None:
+        """End what `disable_adapter_layers` began; frozen experts stay frozen, and the others train again."""
+        self.base_model.enable_adapter_layers()
+        for name in self.expert_names:
+            self.base_model.set_requires_grad(name, name not in self.experts.frozen)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the mixture's own card to the folder's README.md."""
+        write_file(Path(output_dir) / CARD_FILE, self._card(self.state()))
+
+    def prepare_model_for_gradient_checkpointing(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Nothing, as `enable_input_require_grads`."""
+        return model
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """As the base's own; what it adds is saved with the mixture.
 
         Raises:
             ValueError: an expert adapts the embeddings or the head, so that its tensors would keep the old size.
         """
+        if new_num_tokens is not None:
+            self._check_plain_embeddings(f"resize_token_embeddings({new_num_tokens})")
+        return cast(PreTrainedModel, self.get_base_model()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's own.
+
+        Raises:
+            ValueError: an expert adapts the embeddings or the head.
+        """
+        self._check_plain_embeddings("tie_weights()")
+        cast(PreTrainedModel, self.get_base_model()).tie_weights(*args, **kwargs)
+
+    def _check_plain_embeddings(self, call: str) -> None:
         base = cast(PreTrainedModel, self.get_base_model())
-        embedding = [base.get_input_embeddings(), base.get_output_embeddings()]
-        if new_num_tokens is not None and any(layer in embedding for layer in self.routed_layers):
+        if any(layer in (base.get_input_embeddings(), base.get_output_embeddings()) for layer in self.routed_layers):
             raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}): experts adapt the embeddings or the head and keep their "
-                "size; resize the base before the mixture is made."
+                f"{call}: experts adapt the embeddings or the head, which stay as they are; call it on the base before "
+                "the mixture is made."
             )
-        return base.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the sum would be an adapter that the router does not know."""
+        raise ValueError(
+            "a mixture adds its experts up token by token; write a fixed sum with export_mixture({name: weight}, "
+            "folder) and take it in with add_expert(name, folder)."
+        )
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the router would not know the adapter."""
+        raise ValueError("an adapter put into the layers is no expert; use add_expert(name, config or folder).")
+
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: experts are LoRA adapters."""
+        raise ValueError("a mixture has LoRA experts, which have no virtual prompt.")
+
+    def get_prompt_embedding_to_save(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: experts are LoRA adapters."""
+        return self.get_prompt()
 
     def unload(self) -> nn.Module:
         """Take the base back, bare: without experts and without hooks. The mixture is of no use afterwards."""

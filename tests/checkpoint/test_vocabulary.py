@@ -160,7 +160,7 @@ def test_resizing_a_mixture(tmp_path):
     model.save_pretrained(tmp_path / "mixture")
     assert torch.equal(logits(DyLoraMoE.from_pretrained(str(tmp_path / "mixture")), IDS), logits(model, IDS))
     on_head = tiny_mixture(target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="resize the base before the mixture is made"):
+    with pytest.raises(ValueError, match="call it on the base before the mixture is made"):
         on_head.resize_token_embeddings(ROWS)
     assert on_head.get_input_embeddings().weight.shape[0] == VOCAB
 

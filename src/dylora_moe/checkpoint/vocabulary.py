@@ -42,7 +42,7 @@ class Vocabulary(NamedTuple):
 def rows_of(base: PreTrainedModel) -> int | None:
     """V of a base, with or without experts."""
     weight = getattr(_bare(base.get_input_embeddings()), "weight", None)
-    return None if weight is None else weight.shape[0]
+    return None if weight is None else getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves a shape of [0]
 
 
 def rows_by_name(base: PreTrainedModel, name: str | None) -> int | None:
