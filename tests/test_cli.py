@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 from typer.testing import CliRunner
 
-from dylora_moe import DyLoraMoE
+from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.cli import app, console, errors, main
 from dylora_moe.training.recipe.recipe import load_recipe
 from dylora_moe.training.run.arguments import recipe_text
@@ -274,6 +274,21 @@ def test_mistakes_are_one_message(recipe, arguments, message, monkeypatch, capsy
         main()
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", [["generate", "hello"], ["inspect"]])
+def test_a_base_that_has_moved_is_named_with_the_remedy(command, tmp_path, monkeypatch, capsys):
+    name = save_tiny_base(tmp_path / "base")
+    config = MoELoraConfig(expert_names=["law"], r=2, target_modules=["q_proj"])
+    DyLoraMoE.from_base(name, config).save_pretrained(tmp_path / "mixture")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["dylora-moe", command[0], str(tmp_path / "mixture"), *command[1:]])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"names the base {name}, which cannot be loaded" in error
+    assert "--base" in error
 
 
 def test_module_entry_point_fails_without_a_traceback():

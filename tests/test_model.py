@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig, Router, gradient_report
 from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.experts.expert_set import NEW
+from stock import assert_unchanged, logits, snapshot
+from tiny import tiny_base as small_base
 from tiny import tiny_mixture, tokens
 from tinybase import tiny_base
 
@@ -217,3 +219,129 @@ def test_wrong_arguments_are_named_before_anything_is_built(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="router_type='x': choose one of mlp, linear"):
         Router(4, 2, "x")
+
+
+# ------------------------------------------------------------------ PEFT's own methods, each right or refused
+
+REFUSED = {
+    "set_adapter": (lambda m: m.set_adapter("red"), "keeps all its experts active"),
+    "merge_and_unload": (lambda m: m.merge_and_unload(), "no single merged weight"),
+    "add_weighted_adapter": (lambda m: m.add_weighted_adapter(["red"], [1.0], "x"), r"export_mixture.*add_expert"),
+    "inject_adapter": (lambda m: m.inject_adapter(m.get_base_model(), "x"), "use add_expert"),
+    "get_prompt": (lambda m: m.get_prompt(2), "no virtual prompt"),
+    "get_prompt_embedding_to_save": (lambda m: m.get_prompt_embedding_to_save("red"), "no virtual prompt"),
+    "merge_adapter": (lambda m: m.merge_adapter(), "no single merged weight"),
+    "delete_adapter": (lambda m: m.delete_adapter("x"), "unknown expert 'x'"),
+    "set_requires_grad": (lambda m: m.set_requires_grad("x", False), "unknown expert 'x'"),
+    "save_embedding_layers": (lambda m: m.save_pretrained("x", save_embedding_layers=True), "leave it out"),
+}
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_pefts_methods_cannot_do_on_a_mixture_is_refused(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixture = tiny_mixture()
+    before = snapshot(mixture)
+    call, message = REFUSED[method]
+    with pytest.raises(ValueError, match=message):
+        call(mixture)
+    assert_unchanged(mixture, before)
+    assert mixture.expert_names == ["red", "green", "blue"]
+    assert list(tmp_path.iterdir()) == []
+
+
+PAST_THE_MIXTURE = {
+    "added to the base": lambda m: m.base_model.add_adapter(LoraConfig(r=2, target_modules=["k_proj"]), "late"),
+    "summed up": lambda m: m.base_model.add_weighted_adapter(["red", "green"], [1.0, 1.0], "late", "linear"),
+    "deleted": lambda m: m.base_model.delete_adapter("green"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", PAST_THE_MIXTURE)
+def test_adapters_changed_past_the_mixture_are_not_lost_on_saving(way, tmp_path):
+    mixture = tiny_mixture()
+    PAST_THE_MIXTURE[way](mixture)
+    with pytest.raises(ValueError, match=r"(late|green): added to or removed from PEFT's own layers"):
+        mixture.save_pretrained(tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_set_requires_grad_is_saved(tmp_path):
+    mixture = tiny_mixture()
+    mixture.set_requires_grad(["red", "blue"], False)
+    mixture.set_requires_grad("blue")
+    assert mixture.frozen_experts == {"red"}
+    mixture.save_pretrained(tmp_path)
+    assert DyLoraMoE.from_pretrained(tmp_path, base=small_base()).frozen_experts == {"red"}
+
+
+def test_disabling_and_enabling_the_layers_brings_back_what_trained():
+    mixture = tiny_mixture()
+    mixture.freeze_expert("green")
+    trainable = {name: p.requires_grad for name, p in mixture.named_parameters()}
+    expected, bare = logits(mixture, tokens()), logits(mixture, tokens(), experts="base")
+    mixture.disable_adapter_layers()
+    assert torch.equal(logits(mixture, tokens()), bare)
+    mixture.enable_adapter_layers()
+    assert torch.equal(logits(mixture, tokens()), expected)
+    assert {name: p.requires_grad for name, p in mixture.named_parameters()} == trainable
+
+
+def test_the_model_card_is_the_mixtures_own(tmp_path):
+    mixture = tiny_mixture()
+    (tmp_path / "README.md").write_text("Trainer's")
+    mixture.create_or_update_model_card(str(tmp_path))
+    mixture.save_pretrained(tmp_path / "mixture")
+    assert (tmp_path / "README.md").read_text() == (tmp_path / "mixture" / "README.md").read_text()
+
+
+def test_preparing_for_checkpointing_leaves_the_embeddings_alone():
+    mixture = tiny_mixture()
+    base = mixture.get_base_model()
+    assert mixture.prepare_model_for_gradient_checkpointing(base) is base
+    mixture.enable_input_require_grads()
+    assert not base.get_input_embeddings()(tokens()).requires_grad
+
+
+def test_counts_of_parameters_are_those_of_the_mixture(capsys):
+    mixture = tiny_mixture()
+    mixture.freeze_expert("green")
+    report = mixture.parameter_report()
+    trained = report.router + report.experts["red"] + report.experts["blue"]
+    assert mixture.get_nb_trainable_parameters() == (
+        trained,
+        report.base + sum(report.experts.values()) + report.router,
+    )
+    mixture.print_trainable_parameters()
+    assert f"trainable params: {trained:,}" in capsys.readouterr().out
+    assert mixture.active_adapters == ["default"]
+    assert mixture.get_model_status().available_adapters == sorted(mixture.expert_names)
+
+
+def test_tying_and_casting(tmp_path):
+    tied = tiny_mixture(base=small_base(tie_word_embeddings=True))
+    expected = logits(tied, tokens())
+    tied.tie_weights()
+    assert tied.get_base_model().lm_head.weight is tied.get_base_model().model.embed_tokens.weight
+    assert torch.equal(logits(tied, tokens()), expected)
+    on_head = tiny_mixture(target_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"tie_weights\(\): experts adapt the embeddings or the head"):
+        on_head.tie_weights()
+    for cast in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.float64)):
+        mixture = cast(tiny_mixture())
+        mixture.save_pretrained(tmp_path / "mixture")
+        base = cast(small_base())
+        loaded = DyLoraMoE.from_pretrained(tmp_path / "mixture", base=base)
+        assert {p.dtype for p in loaded.parameters()} == {base.dtype}
+        assert torch.equal(logits(loaded, tokens()), logits(mixture, tokens()))
+
+
+def test_an_expert_added_after_saving_is_saved_next_time(tmp_path):
+    mixture = tiny_mixture()
+    mixture.save_pretrained(tmp_path)
+    mixture.add_adapter("late", LoraConfig(r=2, target_modules=["q_proj"]))
+    mixture.delete_adapter("red")
+    mixture.save_pretrained(tmp_path)
+    assert DyLoraMoE.from_pretrained(tmp_path, base=small_base()).expert_names == ["green", "blue", "late"]
+    assert not (tmp_path / "red").exists()

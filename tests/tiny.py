@@ -94,7 +94,7 @@ def tiny_base(architecture: str = "llama", dtype: torch.dtype = torch.float32, s
     tokens = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[architecture](**{**SHAPES[architecture], **tokens, **config})
+        CONFIG_MAPPING[architecture](**{**SHAPES.get(architecture, {}), **tokens, **config})
     )
     for parameter in model.parameters():
         if parameter.dim() == 1:

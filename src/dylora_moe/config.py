@@ -153,6 +153,9 @@ class MoELoraConfig(LoraConfig):
                     f"{key}={value!r} with {len(names)} experts: choose 1 to {outputs}"
                     f"{' (the base route counts)' if self.route_to_base else ''}, or add experts."
                 )
+        for key in ("route_to_base", "recompute_shrink"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r}: True or False is needed.")
         _check_choice("router_type", self.router_type, ROUTERS)
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("policy", self.policy, POLICIES)
@@ -193,7 +196,7 @@ class MoELoraConfig(LoraConfig):
             masked: columns of experts that are not routed yet.
         """
         k = self.train_top_k if training else (2 if self.top_k is None else self.top_k)
-        temperature = self.temperature_tensor if torch.compiler.is_compiling() else self.temperature
+        temperature = self.temperature_tensor if torch.compiler.is_compiling() else float(self.temperature)
         return Policy(k, temperature, masked, self.policy)
 
     def routing_fields(self) -> dict[str, Any]:
@@ -233,7 +236,8 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
         raise ValueError(f"expert name {name!r}: use a letter, then letters, digits, '_' or '-'.")
     if name in taken:
         raise ValueError(f"expert {name!r} exists already; the experts are {', '.join(taken)}.")
-    reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict())
+    reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
+    reserved = reserved or name in vars(nn.ModuleDict()) or name in vars(nn.ParameterDict())
     if not reserved and base is not None:
         reserved = any(name in path.split(".") for path, _ in base.named_modules())
         reserved = reserved or name in ("base_model", "router", "lora_A", "lora_B", "base_layer")
@@ -264,7 +268,7 @@ def check_mixable(config: LoraConfig, name: str | None = None) -> None:
         )
     if getattr(config, "target_parameters", None):
         raise ValueError(f"{who}target_parameters={config.target_parameters} cannot be mixed; use target_modules.")
-    if getattr(config, "trainable_token_indices", None):
+    if getattr(config, "trainable_token_indices", None) is not None:  # PEFT wraps the embeddings for an empty list, too
         raise ValueError(f"{who}trainable_token_indices cannot be mixed; leave it out.")
     if getattr(config, "layer_replication", None):
         raise ValueError(f"{who}layer_replication changes the base itself; it cannot be one expert's setting.")

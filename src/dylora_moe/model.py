@@ -37,18 +37,29 @@ from .callers import (
 )
 from .checkpoint.adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, write_adapter
 from .checkpoint.card import model_card
-from .checkpoint.files import CheckpointError, local_folder
+from .checkpoint.files import CheckpointError, local_folder, write_file
 from .checkpoint.hub import OPTIONS, upload
 from .checkpoint.mixture import (
+    CARD_FILE,
     CONFIG_FILE,
     ROUTER_FILE,
     Description,
     MixtureState,
     check_gathered,
+    moved_base,
     read_description,
     read_mixture,
     read_router,
     write_mixture,
+)
+from .checkpoint.vocabulary import (
+    Vocabulary,
+    added_rows,
+    put_rows,
+    resize_as_saved,
+    rows_by_name,
+    rows_of,
+    whole_embeddings,
 )
 from .config import MoELoraConfig, check_expert_name, check_mixable
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
@@ -87,6 +98,9 @@ def in_turn(method: Method) -> Method:
     return cast(Method, waiting)
 
 
+_ROWS = "added_rows."
+
+
 class DyLoraMoE(PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
 
@@ -104,6 +118,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         base_name: what the base is called in checkpoints, or None.
         chat: whether prompts go through the base's chat template, as its training did; None if nobody said. It is for
             those who make prompts, and saved with the mixture.
+        named_rows: rows of the embeddings of the base that this name stands for, if that is known.
     """
 
     base_model: Any  # a peft.LoraModel
@@ -154,6 +169,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         accept_in_pipelines(type(self))
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
         self.chat: bool | None = None
+        self.named_rows = rows_by_name(base, self.base_name)
         self.router = Router(
             base.config.get_text_config().hidden_size,
             len(names) + config.route_to_base,
@@ -272,7 +288,14 @@ class DyLoraMoE(PeftModelForCausalLM):
                     f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
                 )
             base_kwargs = {**({"revision": known.base_revision} if known.base_revision else {}), **base_kwargs}
-        model, given_name = load_base(base or known.base_name or "", base_kwargs)
+        try:
+            model, given_name = load_base(base or known.base_name or "", base_kwargs)
+        except OSError as error:
+            if base is not None:
+                raise
+            raise moved_base(folder, known, error) from error
+        if model is not base:
+            resize_as_saved(model, known.vocabulary)
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
@@ -282,6 +305,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     def _take_over(self, state: MixtureState, trainable: bool) -> None:
         """Put the values of a checked checkpoint in place, in the dtypes they were saved in."""
+        put_rows(cast(PreTrainedModel, self.get_base_model()), state.added_rows)
         for name, adapter in state.experts.items():
             self.experts.load(name, adapter.tensors, keep_dtype=True)
         for key, parameter in self.router.named_parameters():
@@ -433,6 +457,11 @@ class DyLoraMoE(PeftModelForCausalLM):
     @touch_all_experts.setter
     def touch_all_experts(self, value: bool) -> None:
         self.experts.touch_all = value
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Rows of the embeddings, now and as loaded by the base's name."""
+        return Vocabulary(rows_of(cast(PreTrainedModel, self.get_base_model())), self.named_rows)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter of the mixture exactly once: per expert, `router`, `frozen`."""
@@ -769,6 +798,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         Args:
             gathered: full tensors by parameter name, where they are not those of this process.
         """
+        base = cast(PreTrainedModel, self.get_base_model())
+        self.experts.check_complete(self.peft_config, base)
         adapters, router = {}, self.router.state_dict()
         for name in self.expert_names:
             config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
@@ -779,16 +810,22 @@ class DyLoraMoE(PeftModelForCausalLM):
             router = {key: gathered[f"router.{key}"] for key in router}
         revision = getattr(self.config, "_commit_hash", None)
         states, frozen = dict(self.expert_states), self.frozen_experts
-        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.chat)
-        return MixtureState(known, adapters, router)
+        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.vocabulary, self.chat)
+        own = {key.removeprefix(_ROWS): value for key, value in (gathered or {}).items() if key.startswith(_ROWS)}
+        return MixtureState(known, adapters, router, own or self._added_rows())
+
+    def _added_rows(self) -> dict[str, Tensor]:
+        return added_rows(cast(PreTrainedModel, self.get_base_model()), self.vocabulary.added)
 
     def gathered(self) -> dict[str, Tensor]:
         """All tensors of experts and router by parameter name, whole and on the CPU; the base stays in its shards.
 
-        Where processes share parameters in shards, every one of them must call.
+        With them the rows that a resized base gained. Where processes share parameters in shards, every one of them
+        must call.
         """
         reshard(self)
-        return {name: whole(tensor.data).cpu() for name, tensor in self._trained_tensors().items()}
+        tensors = {name: whole(tensor.data).cpu() for name, tensor in self._trained_tensors().items()}
+        return {**tensors, **{f"{_ROWS}{key}": rows.cpu() for key, rows in self._added_rows().items()}}
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """The tensors of experts and router by parameter name."""
@@ -819,7 +856,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization=False asks for pickles; a mixture is written as safetensors only.")
-        for ignored in ("save_embedding_layers", "max_shard_size", "save_function"):  # PEFT and accelerate pass them
+        if kwargs.pop("save_embedding_layers", "auto") is True:
+            raise ValueError(
+                "save_embedding_layers=True: of the embeddings a mixture saves the rows that the base gained since it "
+                "was loaded, and by itself; leave it out."
+            )
+        for ignored in ("max_shard_size", "save_function"):  # accelerate passes them
             kwargs.pop(ignored, None)
         if state_dict is None and is_sharded(next(self.router.parameters())):
             state_dict = self.gathered()  # every process must call
@@ -831,15 +873,19 @@ class DyLoraMoE(PeftModelForCausalLM):
         if state_dict is not None:
             check_gathered(state_dict, self._trained_tensors())
         state, directory = self.state(state_dict), Path(save_directory)
-        card = model_card(state, self.parameter_report(), self.router_layer, self.passes_per_step, results, metric)
+        card = self._card(state, results, metric)
         write_mixture(state, directory, card, for_trainer=is_trainer_checkpoint(directory))
         if push_to_hub:
             upload(directory, repo_id or directory.name, **hub)
 
+    def _card(self, state: MixtureState, results: Mapping[str, Any] | None = None, metric: str | None = None) -> str:
+        report = self.parameter_report()
+        return model_card(state, report, self.router_layer, self.passes_per_step, results, metric)
+
     def export_expert(self, name: str, directory: str | Path) -> None:
         """Write one expert as a stock PEFT adapter, loadable with `PeftModel.from_pretrained(base, directory)`."""
         config = stock_config(self.experts, name, self.lora_config(name), self.base_name)
-        write_adapter(Path(directory), config, {part.key: part.tensor.data for part in self.expert_tensors(name)})
+        self._write_stock(Path(directory), config, {p.key: p.tensor.data for p in self.expert_tensors(name)})
 
     def export_mixture(self, weights: Mapping[str, float], directory: str | Path) -> None:
         """Write a fixed mixture Σ_e w_e · expert_e as one exact LoRA, by concatenating the ranks.
@@ -853,7 +899,13 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         weights = _mapping("weights", weights, "a number")
         configs = {name: self.lora_config(name) for name in self.expert_names}
-        write_adapter(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+        self._write_stock(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+
+    def _write_stock(self, directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Write an adapter that stands alone: as stock PEFT does, with the embeddings of a resized base."""
+        base = cast(PreTrainedModel, self.get_base_model())
+        embeddings = whole_embeddings(base, tensors) if self.vocabulary.resized else {}
+        write_adapter(directory, config, {**tensors, **embeddings})
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -989,11 +1041,65 @@ class DyLoraMoE(PeftModelForCausalLM):
         """Refused, as `merge_and_unload`."""
         self.merge_and_unload()
 
+    def enable_adapter_layers(self) -> None:
+        """End what `disable_adapter_layers` began; frozen experts stay frozen, and the others train again."""
+        self.base_model.enable_adapter_layers()
+        for name in self.expert_names:
+            self.base_model.set_requires_grad(name, name not in self.experts.frozen)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the mixture's own card to the folder's README.md."""
+        write_file(Path(output_dir) / CARD_FILE, self._card(self.state()))
+
+    def prepare_model_for_gradient_checkpointing(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Nothing, as `enable_input_require_grads`."""
+        return model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the base's own; what it adds is saved with the mixture.
+
+        Raises:
+            ValueError: an expert adapts the embeddings or the head, so that its tensors would keep the old size.
+        """
+        if new_num_tokens is not None:
+            self._check_plain_embeddings(f"resize_token_embeddings({new_num_tokens})")
+        return cast(PreTrainedModel, self.get_base_model()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's own.
+
+        Raises:
+            ValueError: an expert adapts the embeddings or the head.
+        """
+        self._check_plain_embeddings("tie_weights()")
+        cast(PreTrainedModel, self.get_base_model()).tie_weights(*args, **kwargs)
+
+    def _check_plain_embeddings(self, call: str) -> None:
+        base = cast(PreTrainedModel, self.get_base_model())
+        if any(layer in (base.get_input_embeddings(), base.get_output_embeddings()) for layer in self.routed_layers):
+            raise ValueError(
+                f"{call}: experts adapt the embeddings or the head, which stay as they are; call it on the base before "
+                "the mixture is made."
+            )
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: it would be no expert, and lost on saving."""
+        """Refused: the sum would be an adapter that the router does not know."""
         raise ValueError(
-            "write a fixed mixture as one adapter with export_mixture, and take it in as an expert with add_expert."
+            "a mixture adds its experts up token by token; write a fixed sum with export_mixture({name: weight}, "
+            "folder) and take it in with add_expert(name, folder)."
         )
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the router would not know the adapter."""
+        raise ValueError("an adapter put into the layers is no expert; use add_expert(name, config or folder).")
+
+    def get_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: experts are LoRA adapters."""
+        raise ValueError("a mixture has LoRA experts, which have no virtual prompt.")
+
+    def get_prompt_embedding_to_save(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refused: experts are LoRA adapters."""
+        return self.get_prompt()
 
     def unload(self) -> nn.Module:
         """Take the base back, bare: without experts and without hooks. The mixture is of no use afterwards."""

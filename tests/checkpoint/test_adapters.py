@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
 from stock import assert_unchanged, logits, save_stock_adapter, snapshot, stock_logits
-from tiny import tiny_base, tiny_mixture, tokens
+from tiny import SHAPES, tiny_base, tiny_mixture, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 # folder → decoder layers, rank, alpha, targets per layer, fan_in_fan_out as saved
@@ -178,3 +180,60 @@ def test_an_adapter_joins_a_mixture_of_new_experts(tmp_path):
     assert not any(tensor.tensor.requires_grad for tensor in model.expert_tensors("guest"))
     for name, expected in forced.items():
         assert torch.equal(logits(model, tokens(), experts=name), expected)
+
+
+RENAMINGS: dict[str, Callable[[str], str]] = {
+    "as written": lambda key: key,
+    "module.": lambda key: f"module.{key}",
+    "_orig_mod.": lambda key: f"_orig_mod.{key}",
+    "compiled inside": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "wrapped twice": lambda key: f"base_model.model.{key}",
+    "of the bare base": lambda key: key.removeprefix("base_model.model."),
+    "with the adapter's name": lambda key: re.sub(r"(lora_[AB])\.", r"\1.default.", key),
+    "with a name of its own": lambda key: re.sub(r"(lora_[AB])\.", r"\1.sql.", key),
+    "magnitudes as modules": lambda key: re.sub(r"lora_magnitude_vector$", "lora_magnitude_vector.weight", key),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("renaming", RENAMINGS)
+def test_keys_are_read_as_stock_peft_reads_them(renaming, architecture, tmp_path):
+    """What stock PEFT loads in full we load; what it would leave out without an error we refuse, showing the keys."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True)
+    shape = {**SHAPES["llama"], "num_local_experts": 2} if architecture == "mixtral" else {}
+    folder = save_stock_adapter(tmp_path, config, architecture, **shape)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    expected = stock_logits(folder, tiny_base(architecture, **shape), IDS)
+    renamed = {RENAMINGS[renaming](key): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock_loads = torch.equal(stock_logits(folder, tiny_base(architecture, **shape), IDS), expected)
+    if renaming in ("as written", "with the adapter's name", "magnitudes as modules"):
+        assert stock_loads  # or this test could pass by refusing everything
+    if stock_loads:
+        model = DyLoraMoE.from_adapters(tiny_base(architecture, **shape), {"red": str(folder)}).eval()
+        assert torch.equal(logits(model, IDS, experts="red"), expected)
+        return
+    base = tiny_base(architecture, **shape)
+    before = snapshot(base)
+    with pytest.raises(CheckpointError) as caught:
+        DyLoraMoE.from_adapters(base, {"red": str(folder)})
+    first, second = sorted(set(renamed) - set(tensors))[:3], sorted(set(tensors) - set(renamed))[:3]
+    assert f"The file has {', '.join(first)}; expected are {', '.join(second)}." in str(caught.value)
+    assert_unchanged(base, before)
+
+
+def test_names_that_the_base_maps_are_read(tmp_path, monkeypatch):
+    """Older versions of transformers named modules otherwise, and a model class says how."""
+    folder = save_stock_adapter(tmp_path, LoraConfig(r=2, target_modules=["q_proj"]))
+    expected = stock_logits(folder, tiny_base(), IDS)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    old = {key.replace("model.model.layers", "model.decoder.layers"): tensor for key, tensor in tensors.items()}
+    save_file(old, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"The file has base_model.model.decoder.layers.0.*expected are"):
+        DyLoraMoE.from_adapters(tiny_base(), {"red": str(folder)})
+    monkeypatch.setattr(LlamaForCausalLM, "_checkpoint_conversion_mapping", {r"^decoder\.": "model."}, raising=False)
+    assert torch.equal(stock_logits(folder, tiny_base(), IDS), expected)
+    model = DyLoraMoE.from_adapters(tiny_base(), {"red": str(folder)}).eval()
+    assert torch.equal(logits(model, IDS, experts="red"), expected)

@@ -169,6 +169,20 @@ def test_unnamed_base_must_be_given(tmp_path):
         DyLoraMoE.from_pretrained(str(tmp_path))
 
 
+def test_a_base_that_has_moved_is_named_with_the_remedy(tmp_path):
+    model = rich_mixture("llama", tmp_path / "base")
+    model.save_pretrained(tmp_path / "mixture")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        CheckpointError, match=r"moe_config.json names the base .*base, which cannot be.*base="
+    ) as caught:
+        DyLoraMoE.from_pretrained(str(tmp_path / "mixture"))
+    assert str(tmp_path / "base") in str(caught.value)
+    assert "--base" in str(caught.value)
+    loaded = DyLoraMoE.from_pretrained(str(tmp_path / "mixture"), base=str(tmp_path / "elsewhere"))
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
 def test_experts_in_lower_precision_stay_so(tmp_path):
     model = tiny_mixture()
     for tensor in model.expert_tensors("green"):

@@ -92,14 +92,14 @@ ADAPTER_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "modules_to_save": ("adapter_config.json", change_json(modules_to_save=["lm_head"]), "modules_to_save=['lm_head']"),
     "bias": ("adapter_config.json", change_json(bias="all"), "bias='all'"),
     "rank zero": ("adapter_config.json", change_json(r=0), ": r=0: a positive integer"),
-    "rank as text": ("adapter_config.json", change_json(r="three"), ": r='three': a positive integer"),
-    "alpha as text": ("adapter_config.json", change_json(lora_alpha="x"), "does not fit LlamaForCausalLM"),
+    "rank as text": ("adapter_config.json", change_json(r="three"), "r is 'three'; expected a number"),
+    "alpha as text": ("adapter_config.json", change_json(lora_alpha="x"), "lora_alpha is 'x'; expected a number"),
     "other rank": ("adapter_config.json", change_json(r=2), "expects [2, 16]"),
 }
 MIXTURE_DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "missing configuration": ("moe_config.json", Path.unlink, "is missing"),
     "broken configuration": ("moe_config.json", lambda file: file.write_text("{"), "cannot be read as JSON"),
-    "newer format": ("moe_config.json", change_json(format_version=2), "format_version 2 is newer than 1"),
+    "newer format": ("moe_config.json", change_json(format_version=3), "format_version 3 is newer than 2"),
     "no format": ("moe_config.json", drop_json("format_version"), "format_version is None"),
     "no experts": ("moe_config.json", drop_json("experts"), "experts"),
     "no settings": ("moe_config.json", drop_json("config"), "config"),

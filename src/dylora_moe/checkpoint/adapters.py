@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dylora_moe.config import check_mixable
-from dylora_moe.experts.tensors import layer_tensors
+from dylora_moe.experts.tensors import ExpertTensor, layer_tensors
 
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+from .settings import UNFIT, check_kinds
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
+_PROBE = "default"  # what PeftModel.from_pretrained calls the adapter it reads: keys may carry it
 
 
 class Adapter(NamedTuple):
@@ -53,36 +56,65 @@ def read_adapter(source: str | Path, base: PreTrainedModel, name: str = "adapter
         raise CheckpointError(
             f"{config_file}: peft_type is {fields.get('peft_type')!r}; only LORA adapters can be mixed."
         )
+    check_kinds(LoraConfig, fields, config_file)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         assert isinstance(config, LoraConfig)
         check_mixable(config, name)
-    except (ValueError, TypeError) as error:
+    except UNFIT as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     config.inference_mode = False  # whether an expert trains is the mixture's business
-    tensors = read_tensors(folder / ADAPTER_TENSORS)
-    expected, config.fan_in_fan_out = _expected_tensors(base, config, config_file)
-    _drop_base_weights(tensors, expected, base, folder / ADAPTER_TENSORS)
-    check_tensors(tensors, expected, folder / ADAPTER_TENSORS, f"this {type(base).__name__}", config)
+    file = folder / ADAPTER_TENSORS
+    tensors = read_tensors(file)
+    probe = _probe(base, config, config_file)
+    layers = [(path, m) for path, m in probe.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    config.fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for _, layer in layers)
+    parts = [part for path, layer in layers for part in layer_tensors(layer, path, _PROBE)]
+    expected = {part.key: tuple(part.tensor.shape) for part in parts}
+    _drop_base_weights(tensors, expected, base, file)
+    if set(tensors) != set(expected):
+        tensors = _as_stock_peft_reads(tensors, parts, probe, base, file)
+    check_tensors(tensors, expected, file, f"this {type(base).__name__}", config)
     return Adapter(config, tensors)
 
 
-def _expected_tensors(base: PreTrainedModel, config: LoraConfig, file: Path) -> tuple[dict[str, tuple], bool]:
-    """Shapes by stock key that PEFT itself would give this adapter on a base of this architecture (on no memory)."""
+def _probe(base: PreTrainedModel, config: LoraConfig, file: Path) -> PeftModel:
+    """What PEFT itself would make of this adapter on a base of this architecture, on no memory."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out with a warning; we keep what it found
         skeleton = type(base)(copy.deepcopy(base.config))
         try:
-            model = LoraModel(skeleton, {"probe": copy.deepcopy(config)}, "probe", low_cpu_mem_usage=True)
-        except (ValueError, TypeError) as error:
+            probe = PeftModel(skeleton, copy.deepcopy(config), _PROBE, low_cpu_mem_usage=True)
+            check_mixable(cast(LoraConfig, probe.peft_config[_PROBE]))  # it is rewritten for some architectures
+        except UNFIT as error:
             made_for = config.base_model_name_or_path or "an unnamed base"
             raise CheckpointError(
                 f"{file}: made for {made_for}, does not fit {type(base).__name__}: {error}"
             ) from error
-    layers = [(path, m) for path, m in model.model.named_modules() if isinstance(m, LoraLayer)]
-    tensors = [tensor for path, layer in layers for tensor in layer_tensors(layer, path, "probe")]
-    fan_in_fan_out = any(getattr(layer, "fan_in_fan_out", False) for _, layer in layers)
-    return {tensor.key: tuple(tensor.tensor.shape) for tensor in tensors}, fan_in_fan_out
+    return probe
+
+
+def _as_stock_peft_reads(
+    tensors: dict[str, Tensor], parts: Sequence[ExpertTensor], probe: PeftModel, base: PreTrainedModel, file: Path
+) -> dict[str, Tensor]:
+    """The tensors of a file by the stock keys of the layers that `PeftModel.from_pretrained` would put them in.
+
+    It knows the names that other versions of transformers and PEFT gave them. Where it would leave out any, the tensors
+    are returned as they were.
+    """
+    names = {part.name: part.key for part in parts}
+    config = cast(LoraConfig, probe.peft_config[_PROBE])
+    try:
+        mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+        found = load_peft_weights(str(file.parent), device="cpu", key_mapping=mapping) if mapping else dict(tensors)
+        # the two steps of peft.set_peft_model_state_dict, which would copy into the probe's meta tensors
+        found = convert_peft_adapter_state_dict_for_transformers(probe, config, found, _PROBE)
+        found = LoraModel._remap_adapter_state_dict_for_load(probe, config, _PROBE, found)
+    except UNFIT:
+        return tensors
+    found = {names.get(name, name): tensor for name, tensor in found.items()}
+    _drop_base_weights(found, dict.fromkeys(names.values(), ()), base, file)
+    return found if set(found) == set(names.values()) and len(found) >= len(tensors) else tensors
 
 
 def _drop_base_weights(
@@ -92,10 +124,18 @@ def _drop_base_weights(
     own = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters(remove_duplicate=False)}
     for key in sorted(set(tensors) - set(expected)):
         weight = own.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if weight is None or weight.shape != tensors[key].shape:
+        if weight is None or weight.shape[1:] != tensors[key].shape[1:]:
             continue
+        if len(weight) != len(tensors[key]):
+            raise CheckpointError(
+                f"{file}: {key} has {len(tensors[key])} rows, this base {len(weight)}: the adapter was trained with "
+                "another vocabulary; resize the base with resize_token_embeddings and give it these rows first."
+            )
         if not torch.equal(tensors[key].to(weight), weight):
-            raise CheckpointError(f"{file}: {key} differs from the base's weight, which all experts share.")
+            raise CheckpointError(
+                f"{file}: {key} differs from the base's weight, which all experts share; give the base these values "
+                "first, if they are the ones to use."
+            )
         del tensors[key]
 
 
@@ -110,8 +150,13 @@ def check_tensors(
     origin = f" (made for {config.base_model_name_or_path})" if config and config.base_model_name_or_path else ""
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected))
+    both = ""
+    if missing and unknown:  # names given by something else: three of them say by what
+        both = f" The file has {', '.join(unknown[:3])}; expected are {', '.join(missing[:3])}."
     if missing:
-        raise CheckpointError(f"{file}{origin}: {len(missing)} of {len(expected)} tensors missing, first {missing[0]}.")
+        raise CheckpointError(
+            f"{file}{origin}: {len(missing)} of {len(expected)} tensors missing, first {missing[0]}.{both}"
+        )
     if unknown:
         raise CheckpointError(f"{file}{origin}: {len(unknown)} tensors that {what} does not have, first {unknown[0]}.")
     for key, shape in expected.items():

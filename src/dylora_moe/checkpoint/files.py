@@ -28,6 +28,9 @@ _PICKLES = (
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
+_LFS_POINTER = b"version https://git-lfs"
+
+
 class CheckpointError(ValueError):
     """A checkpoint or adapter that cannot be used; the message names the file and what was expected."""
 
@@ -60,10 +63,16 @@ def local_folder(source: str | Path, files: list[str], **download: Any) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`."""
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        _check_content(file, text[: len(_LFS_POINTER)].encode())
+        fields = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing.") from error
-    except (OSError, ValueError, RecursionError) as error:  # nested too deeply, or a number of thousands of digits
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:  # not text, not JSON, a number of thousands of digits
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} holds {type(fields).__name__}; expected a JSON object.")
@@ -81,9 +90,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"{file} is missing.")
     try:
+        with file.open("rb") as opened:
+            _check_content(file, opened.read(len(_LFS_POINTER)))
         return load_file(file)
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _check_content(file: Path, start: bytes) -> None:
+    """Raise `CheckpointError` if a file that begins with `start` only stands for one that was never fetched."""
+    if start == _LFS_POINTER:
+        raise CheckpointError(
+            f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone it comes from, or "
+            "download it again."
+        )
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -1,10 +1,13 @@
-"""The checkpoint format (`format_version: 1`): save, load, validate. Everything is checked before a model is touched.
+"""The checkpoint format: save, load, validate. Everything is checked before a model is touched.
 
-dir/moe_config.json                    mixture configuration, expert order and state, base name and revision
+dir/moe_config.json                    mixture configuration, expert order and state, base name, revision and rows
 dir/router.safetensors                 router tensors
 dir/<expert>/adapter_config.json       stock PEFT
 dir/<expert>/adapter_model.safetensors
+dir/vocabulary.safetensors             rows that the base's embeddings and head gained since it was loaded, if any
 dir/README.md                          model card
+
+`format_version` is 1 where an older version of this package reads the checkpoint rightly, 2 where the base is resized.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +25,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dylora_moe.config import MoELoraConfig
+from dylora_moe.base.placement import Placement
+from dylora_moe.config import MoELoraConfig, check_expert_name
 from dylora_moe.experts.expert_set import NEW, ROUTED
 from dylora_moe.routing.router import Router
 from dylora_moe.version import __version__
 
 from .adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
+from .settings import UNFIT, check_kinds, shown
+from .vocabulary import Vocabulary, row_shapes, rows_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "moe_config.json"
 ROUTER_FILE = "router.safetensors"
+VOCABULARY_FILE = "vocabulary.safetensors"
 CARD_FILE = "README.md"
 LATER_FIELDS = {"policy": "top_k"}
 """Fields that came later; left out where they have this value, so that older versions read the file."""
@@ -47,6 +54,7 @@ class Description(NamedTuple):
         frozen: experts that do not train.
         base_name, base_revision: of the base, if they were known.
         chat: whether prompts go through the base's chat template; None if nobody said.
+        vocabulary: rows of its embeddings.
     """
 
     config: MoELoraConfig
@@ -54,6 +62,7 @@ class Description(NamedTuple):
     frozen: set[str]
     base_name: str | None
     base_revision: str | None
+    vocabulary: Vocabulary = Vocabulary()
     chat: bool | None = None
 
 
@@ -65,11 +74,13 @@ class MixtureState:
         description: configuration, experts and base.
         experts: name → stock configuration and tensors by stock key, in order.
         router: tensors by name.
+        added_rows: what the base's embeddings and head gained since it was loaded by its name.
     """
 
     description: Description
     experts: dict[str, Adapter]
     router: dict[str, Tensor]
+    added_rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: bool = False) -> None:
@@ -85,6 +96,7 @@ def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: 
     owned = {
         CONFIG_FILE,
         ROUTER_FILE,
+        VOCABULARY_FILE,
         CARD_FILE,
         *saved_experts(directory),
         *((ADAPTER_TENSORS,) if for_trainer else ()),
@@ -94,11 +106,16 @@ def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: 
             save_file({}, folder / ADAPTER_TENSORS, metadata={"format": "pt", "see": CONFIG_FILE})
         for name, adapter in state.experts.items():
             write_adapter_files(folder / name, adapter.config, adapter.tensors)
-        router = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.router.items()}
-        save_file(router, folder / ROUTER_FILE)
+        save_file(_plain(state.router), folder / ROUTER_FILE)
+        if state.added_rows:
+            save_file(_plain(state.added_rows), folder / VOCABULARY_FILE)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         text = json.dumps(_fields(state.description), indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def read_description(directory: str | Path) -> tuple[Path, Description]:
@@ -107,19 +124,54 @@ def read_description(directory: str | Path) -> tuple[Path, Description]:
     return folder, _parse(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
 
 
+def moved_base(folder: Path, description: Description, error: Exception) -> CheckpointError:
+    """What to say where the base that a checkpoint names is not to be had."""
+    return CheckpointError(
+        f"{folder / CONFIG_FILE} names the base {description.base_name}, which cannot be loaded: {error} If it has "
+        "moved, say where it is: base=... (a loaded model, its name or folder), --base on the command line, base.model "
+        "in a recipe."
+    )
+
+
 def read_mixture(folder: Path, description: Description, base: PreTrainedModel) -> MixtureState:
     """The checkpoint in `folder`, every tensor of it checked against `base` without touching it.
 
     Raises:
         CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file.
     """
+    config, num_layers = description.config, Placement.of(base).num_layers
+    outputs, width = len(description.states) + config.route_to_base, base.config.get_text_config().hidden_size
+    try:
+        config.resolve_router_layer(num_layers)
+        with torch.device("meta"):
+            router = Router(width, outputs, config.router_type, config.router_hidden_size)
+    except UNFIT as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: does not fit {type(base).__name__}: {error}") from error
+    added_rows = read_vocabulary(folder, description, base)
     experts = {name: read_adapter(folder / name, base, name) for name in description.states}
-    config = description.config
-    outputs = len(experts) + config.route_to_base
-    with torch.device("meta"):
-        width = base.config.get_text_config().hidden_size
-        router = Router(width, outputs, config.router_type, config.router_hidden_size)
-    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router))
+    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows)
+
+
+def read_vocabulary(folder: Path, description: Description, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The rows that a checkpoint adds to the embeddings of its base; checks that `base` has as many as it had.
+
+    Raises:
+        CheckpointError: a base of another size, or a file that is missing or damaged.
+    """
+    saved, rows = description.vocabulary, rows_of(base)
+    if saved.rows is not None and rows != saved.rows:
+        was = f"its base had {saved.rows} rows in its embeddings"
+        if saved.resized:
+            was += f" ({saved.named_rows} of {description.base_name}, which was resized after it was loaded)"
+        remedy = f"call base.resize_token_embeddings({saved.rows}) first"
+        if saved.resized:
+            remedy += ", or pass the base's name: the rows are then added and filled from the checkpoint"
+        raise CheckpointError(f"{folder / CONFIG_FILE}: when it was saved, {was}; this base has {rows}: {remedy}.")
+    if not saved.added:
+        return {}
+    tensors = read_tensors(folder / VOCABULARY_FILE)
+    check_tensors(tensors, row_shapes(base, saved.added), folder / VOCABULARY_FILE, f"this {type(base).__name__}")
+    return tensors
 
 
 def read_router(file: Path, router: Router) -> dict[str, Tensor]:
@@ -146,8 +198,11 @@ def check_gathered(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tens
 def saved_experts(directory: Path) -> set[str]:
     """Names of the experts of the mixture in `directory`, if there is one."""
     try:
-        return {entry["name"] for entry in read_json(directory / CONFIG_FILE)["experts"]}
-    except (CheckpointError, KeyError, TypeError):
+        states, _ = _parse_experts(read_json(directory / CONFIG_FILE).get("experts"), directory / CONFIG_FILE)
+        for name in states:
+            check_expert_name(name)  # these folders will be replaced: none may lie elsewhere
+        return set(states)
+    except ValueError:
         return set()
 
 
@@ -156,8 +211,13 @@ def _fields(description: Description) -> dict[str, Any]:
     lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}
     kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
     kept = {key: value for key, value in kept.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
+    vocabulary = description.vocabulary
+    rows = {"vocabulary_rows": vocabulary.rows, "base_vocabulary_rows": vocabulary.named_rows}
+    if not vocabulary.resized:
+        del rows["base_vocabulary_rows"]
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if vocabulary.resized else 1,
+        **rows,
         "dylora_moe_version": __version__,
         "base_model_name_or_path": description.base_name,
         "base_revision": description.base_revision,
@@ -179,19 +239,43 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
             f"{file}: format_version {version} is newer than {FORMAT_VERSION}, the newest this version of dylora-moe "
             "reads; upgrade dylora-moe."
         )
+    states, frozen = _parse_experts(fields.get("experts"), file)
+    settings = check_kinds(MoELoraConfig, fields.get("config"), file, "config")
     try:
-        experts = {entry["name"]: entry for entry in fields["experts"]}
-        states = {name: entry["state"] for name, entry in experts.items()}
-        config = MoELoraConfig(**fields["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} does not describe a mixture: {type(error).__name__} {error}.") from error
+        config = MoELoraConfig(**settings)
+    except UNFIT as error:
+        raise CheckpointError(f"{file} does not describe a mixture: config: {error}.") from error
     if list(states) != config.expert_names or any(state not in (NEW, ROUTED) for state in states.values()):
         raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
     if ROUTED not in states.values():
         raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
-    frozen = {name for name, entry in experts.items() if entry.get("frozen")}
+    for key in ("base_model_name_or_path", "base_revision"):
+        if not isinstance(fields.get(key), str | None):
+            raise CheckpointError(f"{file}: {key} is {shown(fields[key])}; expected text.")
+    for key in ("vocabulary_rows", "base_vocabulary_rows"):
+        rows = fields.get(key)
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise CheckpointError(f"{file}: {key} is {shown(rows)}; expected a positive integer.")
+    vocabulary = Vocabulary(fields.get("vocabulary_rows"), fields.get("base_vocabulary_rows"))
     base, revision = fields.get("base_model_name_or_path"), fields.get("base_revision")
     chat = fields.get("chat")
     if chat is not None and not isinstance(chat, bool):
-        raise CheckpointError(f"{file}: chat is {chat!r}; expected true or false.")
-    return Description(config, states, frozen, str(base) if base else None, revision or None, chat)
+        raise CheckpointError(f"{file}: chat is {shown(chat)}; expected true or false.")
+    return Description(config, states, frozen, base or None, revision or None, vocabulary, chat)
+
+
+def _parse_experts(entries: Any, file: Path) -> tuple[dict[str, str], set[str]]:
+    """The states of the experts by name, in order, and which are frozen."""
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{file}: experts is {shown(entries)}; expected a list.")
+    kinds = {"name": str, "state": str, "frozen": bool}
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{file}: experts[{position}] is {shown(entry)}; expected an object.")
+        for key, kind in kinds.items():
+            if not isinstance(entry.get(key, False if kind is bool else None), kind):
+                raise CheckpointError(
+                    f"{file}: experts[{position}].{key} is {shown(entry.get(key))}; expected "
+                    f"{'true or false' if kind is bool else 'text'}."
+                )
+    return {e["name"]: e["state"] for e in entries}, {e["name"] for e in entries if e.get("frozen")}

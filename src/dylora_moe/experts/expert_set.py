@@ -6,7 +6,7 @@ Every change leaves the other experts' tensors bit-identical.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,21 @@ class ExpertSet:
         """Raise `ValueError` if there is no expert of this name."""
         if name not in self.states:
             raise ValueError(f"unknown expert {name!r}; the experts are {', '.join(self.names)}.")
+
+    def check_complete(self, configured: Iterable[str], base: nn.Module) -> None:
+        """Raise `ValueError` if the layers of `base` hold other adapters than the experts: saving would lose them.
+
+        Args:
+            configured: names of the adapters that PEFT knows.
+            base: the base with its experts.
+        """
+        held = {name for layer in base.modules() if isinstance(layer, LoraLayer) for name in layer.r}
+        odd = sorted((held | set(configured)) ^ set(self.names) | (set(self.names) - set(configured)))
+        if odd:
+            raise ValueError(
+                f"{', '.join(odd)}: added to or removed from PEFT's own layers, past the mixture, whose experts are "
+                f"{', '.join(self.names)}; use add_expert and remove_expert."
+            )
 
     def tensors(self, name: str) -> list[ExpertTensor]:
         """All tensors of one expert, collected layer by layer."""

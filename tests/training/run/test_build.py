@@ -6,11 +6,21 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
 from dylora_moe.data.examples import Example, encode
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import parse_recipe
-from dylora_moe.training.run.build import base_title, load_recipe_examples, load_tokenizer, loading_options
+from dylora_moe.training.run.build import (
+    base_of,
+    base_title,
+    build_mixture,
+    load_recipe_examples,
+    load_tokenizer,
+    loading_options,
+)
+from tinybase import save_tiny_base
 
 GOOD = {"prompt": "p", "completion": "c"}
 CHAT = [
@@ -94,3 +104,35 @@ def test_a_chat_template_by_its_path(base, tmp_path):
     tokenizer = load_tokenizer(parse_recipe(content))
     example = Example([{"role": "user", "content": "ab"}], "cd")
     assert encode(example, tokenizer, chat=True)[0] == tokenizer("abcd", add_special_tokens=False).input_ids
+
+
+def saved_mixture(folder, rows=None):
+    save_tiny_base(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    if rows is not None:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    config = MoELoraConfig(expert_names=["law"], r=2, target_modules=["q_proj"])
+    mixture = DyLoraMoE.from_base(base, config).eval()
+    mixture.save_pretrained(folder / "mixture")
+    return mixture
+
+
+def test_start_names_a_base_that_has_moved(tmp_path):
+    saved_mixture(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    started = recipe(tmp_path, GOOD, start=str(tmp_path / "mixture"))
+    for call in (load_tokenizer, base_of):
+        with pytest.raises(CheckpointError, match=r"moe_config.json names the base .*cannot.*base\.model in"):
+            call(started)
+    told = recipe(tmp_path, GOOD, start=str(tmp_path / "mixture"), base={"model": str(tmp_path / "elsewhere")})
+    assert base_of(told).config.vocab_size == 257
+
+
+def test_start_brings_its_resized_vocabulary(tmp_path):
+    mixture = saved_mixture(tmp_path, rows=260)
+    started = recipe(tmp_path, GOOD, start=str(tmp_path / "mixture"))
+    base = base_of(started)
+    assert torch.equal(base.lm_head.weight, mixture.get_base_model().lm_head.weight)
+    ids = torch.tensor([[3, 258, 259]])
+    again = build_mixture(started, base).eval()
+    assert torch.equal(again(ids, experts="law").logits, mixture(ids, experts="law").logits)

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from dylora_moe.base.embedded import EMBEDDED, MODEL, resolve_base
 from dylora_moe.base.loading import load_base
-from dylora_moe.checkpoint.files import CheckpointError, local_folder, read_json
-from dylora_moe.checkpoint.mixture import CONFIG_FILE
+from dylora_moe.checkpoint.files import CheckpointError
+from dylora_moe.checkpoint.mixture import CONFIG_FILE, moved_base, read_description, read_vocabulary
+from dylora_moe.checkpoint.vocabulary import put_rows, resize_as_saved
 from dylora_moe.data.examples import Example
 from dylora_moe.data.sources import load_examples
 from dylora_moe.model import DyLoraMoE
@@ -44,11 +45,11 @@ def base_name(recipe: Recipe) -> str:
     """The name of the recipe's base: its own, or that of the mixture in `start`."""
     if recipe.base.model is not None:
         return recipe.base.model
-    folder = local_folder(str(recipe.start), [CONFIG_FILE])
-    name = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    folder, known = read_description(str(recipe.start))
+    name = known.base_name
     if not name:
         raise CheckpointError(f"{folder / CONFIG_FILE} names no base; set base.model.")
-    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def base_title(recipe: Recipe) -> str:
@@ -79,8 +80,18 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def base_of(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's base, loaded."""
-    return load_base(base_name(recipe), loading_options(recipe))[0]
+    """The recipe's base, loaded, with the rows that the mixture in `start` adds to its embeddings."""
+    try:
+        base, _ = load_base(base_name(recipe), loading_options(recipe))
+    except OSError as error:
+        if recipe.base.model is not None:
+            raise
+        raise moved_base(*read_description(str(recipe.start)), error) from error
+    if recipe.start is not None:
+        folder, known = read_description(str(recipe.start))
+        resize_as_saved(base, known.vocabulary)
+        put_rows(base, read_vocabulary(folder, known, base))
+    return base
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -95,6 +106,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options)
     except OSError as error:
+        if recipe.base.model is None:
+            raise moved_base(*read_description(str(recipe.start)), error) from error
         raise ValueError(f"base.model: {path!s} is no folder here, and the hub did not deliver it: {error}") from error
     if recipe.base.chat_template is not None:
         tokenizer.chat_template = Path(recipe.base.chat_template).read_text(encoding="utf-8")
