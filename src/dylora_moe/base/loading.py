@@ -27,7 +27,7 @@ def load_base(
         return load_base(os.fspath(base), kwargs)
     if kwargs:
         raise ValueError(f"{sorted(kwargs)} are loading options, but the base is loaded already.")
-    if not isinstance(base, PreTrainedModel) or not hasattr(base, "prepare_inputs_for_generation"):
+    if not isinstance(base, PreTrainedModel):
         raise TypeError(
             f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
         )
