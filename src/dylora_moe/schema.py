@@ -203,7 +203,8 @@ def describe(hint: Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(option) for option in arguments))
+        kinds = {describe(option) for option in arguments}  # Python may keep equal unions in another order
+        return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", kind)))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin is list:

@@ -17,7 +17,7 @@ from dylora_moe.training.run.results import Results
     ],
 )
 def test_results_are_shown_in_the_metrics_words(metric, title, shown):
-    results = Results(metric, "out", {"base": {"a": 0.25}, "top1": {"a": 0.75}}, {"a": {"x": 1.0}})
+    results = Results(metric, "out", {"base": {"a": 0.25}, "top1": {"a": 0.75}}, load={"a": {"x": 1.0}})
     table, load = results_tables(results)
     assert table.title == title
     console = Console(width=100)

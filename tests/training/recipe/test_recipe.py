@@ -464,7 +464,7 @@ def test_the_base_has_its_loading_options(tmp_path, monkeypatch):
         ({"quantization": "4bit"}, r"^base\.quantization: bitsandbytes is not installed: pip install bitsandbytes"),
         ({"chat_template": "x.jinja"}, r"^base: chat_template='x\.jinja' is for `chat: true`"),
         ({"chat": True, "chat_template": "x.jinja"}, r"^base\.chat_template: no file 'x\.jinja'; looked for /"),
-        ({"device_map": 3}, r"^base\.device_map: expected text or a mapping or null, got 3"),
+        ({"device_map": 3}, r"^base\.device_map: expected a mapping or text or null, got 3"),
     ],
 )
 def test_options_of_the_base_that_cannot_be_used_are_refused(base, message, monkeypatch):
