@@ -38,8 +38,8 @@ def test_every_module_is_in_the_extra_that_brings_it():
     ("command", "missing"),
     [
         ("train", "trl"),
-        ("train", "datasets"),
-        ("train", "psutil"),
+        pytest.param("train", "datasets", marks=pytest.mark.slow),
+        pytest.param("train", "psutil", marks=pytest.mark.slow),
         ("recipe check", "trl"),
         ("recipe check", "datasets"),
     ],
@@ -67,7 +67,9 @@ def test_other_missing_modules_keep_their_message():
     assert missing_extra(outer) == "PIL is not installed; pip install 'dylora-moe[plot]'."
 
 
-@pytest.mark.parametrize("words", [["--verbose", "report"], ["report", "--verbose"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [pytest.param(["--verbose", "report"], marks=pytest.mark.slow), ["report", "--verbose"]], ids=" ".join
+)
 def test_verbose_shows_the_traceback(words, tmp_path):
     plain = run("report", str(tmp_path))
     assert plain.returncode == 2

@@ -107,6 +107,7 @@ def test_a_rank_that_looks_like_a_width_leaves_the_shrinks_uncounted(variants):
     assert found["dense/4"]["shrinks"] is None
 
 
+@pytest.mark.slow
 def test_fake_tensors_count_what_real_ones_do(variants):
     chosen = ("base", "peft", "loop", "dense")
     real = rows(variants(work="train", variants=chosen))
@@ -128,6 +129,7 @@ def test_mixture_keeps_little_more_than_one_adapter_in_the_base_dtype(variants):
     assert kept["auto/8"] <= 0.08 * kept["loop/8"]
 
 
+@pytest.mark.slow
 def test_dropout_keeps_no_mask(variants):
     found = rows(variants(work="train", experts=(8,)))
     assert found["auto-dropout/8"]["saved_bytes"] <= 1.02 * found["auto/8"]["saved_bytes"]

@@ -117,6 +117,7 @@ def graphs_of_the_base() -> int:
     return count
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dense", "top-2"])
 def test_compiled_generation_makes_no_more_graphs_than_the_bare_base(name):

@@ -31,11 +31,12 @@ def packed(model: DyLoraMoE, inputs: list[list[int]], new: int = 6) -> list[list
     return [outputs[key].generated_tokens for key in sorted(outputs, key=lambda key: int(key.rpartition("_")[2]))]
 
 
-def test_packed_requests_are_answered_as_alone():
+@pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_packed_requests_are_answered_as_alone(count):
     model = tiny_mixture("llama", **PLACEMENTS["middle"])
-    inputs = prompts(64)
+    inputs = prompts(count)
     found = packed(model, inputs)
-    assert len(found) == 64
+    assert len(found) == count
     for ids, answer in zip(inputs, found, strict=True):
         alone = model.generate(torch.tensor([ids]), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
         assert answer == alone[0, len(ids) :].tolist()
@@ -62,11 +63,10 @@ def test_rows_packed_by_their_positions_cannot_share_a_sequences_routing():
         model.get_base_model()(ids, position_ids=positions)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_refuses_them_too(backend):
+def test_a_compiled_model_refuses_them_too():
     torch._dynamo.reset()
     model = tiny_mixture("llama", granularity="sequence").eval()
-    model.compile(backend=backend, fullgraph=True)
+    model.compile(backend="eager", fullgraph=True)
     ids, alone = torch.tensor([[5, 6, 7, 8, 9]]), torch.arange(5)[None]
     model(ids, position_ids=alone)
     with pytest.raises(RuntimeError, match="packed rows hold several sequences"):

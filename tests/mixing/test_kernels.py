@@ -12,6 +12,7 @@ from dylora_moe.mixing import kernels
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.INSTALLED, reason="triton is not installed (pip install triton)")
 def test_kernels_equal_the_loop_through_the_interpreter(python):
     out = python(

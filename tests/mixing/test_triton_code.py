@@ -11,6 +11,7 @@ from dylora_moe.mixing import kernels
 TRANSLATE = Path(__file__).parent / "translate_kernels.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not kernels.INSTALLED, reason="triton is not installed (pip install triton)")
 def test_kernels_translate_for_gpus_within_their_shared_memory(python, tmp_path):
     """Triton's compiler and ptxas need no GPU: every tile of the table, for an A100 and an H100."""

@@ -265,6 +265,7 @@ def test_a_checkpoint_that_answers_differently_is_an_alarm(tmp_path):
     assert "alarm" not in only_results(tmp_path, reloaded_identical=True).classes
 
 
+@pytest.mark.slow
 def test_a_second_report_replaces_the_first_and_its_figures(tmp_path):
     write_run(tmp_path, experts=["one"], stages=(("joint", 4),))
     first = write_report(tmp_path).read_bytes()

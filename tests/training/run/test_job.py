@@ -174,7 +174,9 @@ def test_every_option_at_once(content, tmp_path):
 # ---------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("train", [{"max_steps": 8}, STAGED], ids=["joint", "staged"])
+@pytest.mark.parametrize(
+    "train", [{"max_steps": 8}, pytest.param(STAGED, marks=pytest.mark.slow)], ids=["joint", "staged"]
+)
 def test_killed_and_resumed_equals_uninterrupted_bitwise(content, tmp_path, train):
     """kill -9 at a moment that nobody chose, three times, through the command line."""
     run(content("whole", **train))

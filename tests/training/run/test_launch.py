@@ -70,7 +70,7 @@ def test_accumulation_1x8_equals_8x1(content, tmp_path):
 
 @pytest.mark.parametrize(
     "train",
-    [EQUAL, {**EQUAL, **STAGED, **FSDP2}],
+    [EQUAL, pytest.param({**EQUAL, **STAGED, **FSDP2}, marks=pytest.mark.slow)],
     ids=["DDP joint", "FSDP2 staged"],
 )
 def test_two_processes_times_four_equal_one_times_eight(content, tmp_path, train):
