@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dylora_moe.layers.in_force import Holder, InForce
-from dylora_moe.layers.recompute import KeepRouting, give_back_checkpoints, keep_routing_in_checkpoints
+from dylora_moe.layers.recompute import KeepRouting, checkpointable, give_back_checkpoints, keep_routing_in_checkpoints
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ def test_every_block_is_wrapped_once_and_given_back():
     function = functools.partial(checkpoint, use_reentrant=False)
     block, holder = Block(function), Holder(InForce())
     for _ in range(2):
-        keep_routing_in_checkpoints(block, holder)
+        keep_routing_in_checkpoints(checkpointable(block), holder)
     assert block._gradient_checkpointing_func.checkpoint is function
     give_back_checkpoints(block)
     assert block._gradient_checkpointing_func is function
@@ -56,4 +56,4 @@ def test_every_block_is_wrapped_once_and_given_back():
 
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="would silently lose the gradient"):
-        keep_routing_in_checkpoints(Block(checkpoint), Holder(InForce()))
+        keep_routing_in_checkpoints([Block(checkpoint)], Holder(InForce()))

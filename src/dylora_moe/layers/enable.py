@@ -18,7 +18,7 @@ from dylora_moe.arguments import check_weights, input_shape
 from dylora_moe.base.loading import accept_in_pipelines
 
 from .in_force import Generation, Holder, InForce
-from .recompute import keep_routing_in_checkpoints
+from .recompute import checkpointable, keep_routing_in_checkpoints
 from .routed import route_layers
 
 
@@ -49,7 +49,7 @@ class RoutedPeftModel:
             names = tuple(model.base_model.active_adapters)
             weights = check_weights(weights, len(names), batch, None if generating else length)
             route_layers(model.base_model, holder)  # adapters added since
-            keep_routing_in_checkpoints(model, holder)
+            keep_routing_in_checkpoints(checkpointable(model), holder)
             holder.put(InForce(names, weights))
             outer, holder.generation = holder.generation, Generation() if generating else None
             try:

@@ -140,13 +140,15 @@ def mix_group(group: Group, x: Tensor, now: InForce, generation: Generation | No
     layers, members, packed, biased = group
     flat, leading = x.flatten(0, -2), x.shape[:-1]
     keep = memo = None
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        keep = None if generation is None else packed
-        at = (leading, x.device)  # what is kept fits layers of this shape on this device
+    if not torch.compiler.is_compiling():
+        differentiable = torch.is_grad_enabled()
+        keep = None if generation is None or differentiable else packed
+        at = (leading, x.device, differentiable)  # what is kept fits layers of this shape on this device
         memo = now.memo.get(at)
         if memo is None:
             memo = now.memo[at] = {}
-    weights = remember(memo, "weights", lambda: now.weights_for(leading, x.device))
+    plain = None if torch.is_grad_enabled() else memo  # a node for all layers would add their gradients up elsewhere
+    weights = remember(plain, "weights", lambda: now.weights_for(leading, x.device))
     active = remember(memo, "active", lambda: now.active_for(leading, x.device))
     form, lasting = remember(keep, (now.form, leading, active is None), lambda: form_of(now, members, flat, leading[0]))
     if not lasting:

@@ -30,7 +30,7 @@ class InForce:
         forced: PEFT's own forward with exactly these adapters active (none of them is the base), or None.
         form: which of `mixing.FORM_NAMES` computes the mixture; "auto" chooses by shapes.
         recompute_shrink: compute H = x·Aᵀ again in the backward pass instead of keeping it.
-        memo: what depends on the weights alone, for the layers of one stretch without gradients.
+        memo: what depends on the weights alone, for the layers of one stretch.
         waiting: by layer its input x and output y, computed with the first layer fed by the same input.
     """
 

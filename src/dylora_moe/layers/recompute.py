@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
@@ -27,13 +28,18 @@ class KeepRouting:
         return self.checkpoint(with_routing, *args, **kwargs)
 
 
-def keep_routing_in_checkpoints(model: nn.Module, holder: Holder) -> None:
-    """Wrap every layer's checkpoint function once, however checkpointing was switched on.
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers can checkpoint; to be found once, since a pass should not walk all experts."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+
+def keep_routing_in_checkpoints(modules: Iterable[nn.Module], holder: Holder) -> None:
+    """Wrap the checkpoint function of each of the `checkpointable` modules once, however it was switched on.
 
     Raises:
         ValueError: reentrant checkpointing, which would silently lose the router's gradient.
     """
-    for module in model.modules():
+    for module in modules:
         function = module.__dict__.get("_gradient_checkpointing_func")
         if (
             function is None

@@ -4,7 +4,8 @@
     Hw = H ⊙ (w · s)[expert_of_row]    [T, ΣR]
     y  = x Wᵀ + b + Hw · B_catᵀ        [T, O]
 
-The backward pass is written out so that only x (which the base's other branches share), H and w are kept.
+The backward pass is written out so that only x (which the base's other branches share), H and w are kept, and the
+gates once for all layers of a pass.
 
 Shapes: T tokens, D in, O out, R rank of one expert, ΣR the sum of the ranks, E experts. Of several members, A_cat holds
 the rows of all.
@@ -51,10 +52,10 @@ def dense_mixture(
     experts = tuple(m.experts for m in members)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         seed = dropout_seed() if dropout else 0
-        return list(_DenseMixture.apply(x, weights, experts, seed, recompute, *tensors_of(members)))
+        return list(_DenseMixture.apply(x, weights, experts, seed, recompute, memo, *tensors_of(members)))
     xd = F.dropout(x, dropout) if dropout else x
     A, Bs = remember(packed, dtype, lambda: (pack_A(members, dtype), pack_B(members, dtype)))
-    gates = remember(memo, (experts, dtype, x.shape[0]), lambda: all_gates(experts, weights, dtype))
+    gates = all_gates(experts, weights, dtype, memo)
     parts = shrink(xd.to(dtype), A, gates)[1].split([e.width for e in experts], dim=-1)
     return [expand(x, m, part, B) for m, part, B in zip(members, parts, Bs, strict=True)]
 
@@ -91,46 +92,49 @@ def pack_B(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor]:
     return [(m.lora_B[0] if len(m.lora_B) == 1 else torch.cat(list(m.lora_B), dim=1)).to(dtype) for m in members]
 
 
-def all_gates(experts: Sequence[LayerExperts], weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gates of all members side by side."""
-    known: dict[LayerExperts, Tensor] = {}
-    for own in experts:
-        if own not in known:
-            known[own] = own.gates(weights, dtype)
-    return known[experts[0]] if len(experts) == 1 else torch.cat([known[own] for own in experts], dim=-1)
+def all_gates(
+    experts: tuple[LayerExperts, ...], weights: Tensor, dtype: torch.dtype, memo: dict[Hashable, Any] | None
+) -> Tensor:
+    """The gates of all members side by side, the same for all layers of a pass that have such experts."""
+
+    def side_by_side() -> Tensor:
+        known = {own: own.gates(weights, dtype) for own in dict.fromkeys(experts)}
+        return known[experts[0]] if len(experts) == 1 else torch.cat([known[own] for own in experts], dim=-1)
+
+    return remember(memo, (experts, dtype, weights.shape[0]), side_by_side)
 
 
 class _DenseMixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weights, experts, seed: int, recompute: bool, *tensors):
+    def forward(ctx: Any, x, weights, experts, seed: int, recompute: bool, memo, *tensors):
         members, dtype = members_from(experts, tensors), compute_dtype(x)
-        xd = dropped(x, experts[0].dropout, seed, dtype)
-        H, gated = shrink(xd, pack_A(members, dtype), all_gates(experts, weights, dtype))
+        xd, gates = dropped(x, experts[0].dropout, seed, dtype), all_gates(experts, weights, dtype, memo)
+        H, gated = shrink(xd, pack_A(members, dtype), gates)
         parts = gated.split([e.width for e in experts], dim=-1)
         ctx.set_materialize_grads(False)
         ctx.experts, ctx.seed, ctx.dtype = experts, seed, dtype
-        ctx.save_for_backward(x, None if recompute else H, weights, *tensors)
+        ctx.save_for_backward(x, None if recompute else H, gates, weights, *tensors)
         packed = pack_B(members, dtype)
         return tuple(expand(x, m, part, B) for m, part, B in zip(members, parts, packed, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs):
-        x, H, weights, *tensors = ctx.saved_tensors
+        x, H, gates, weights, *tensors = ctx.saved_tensors
         experts, dtype = ctx.experts, ctx.dtype
         members = members_from(experts, tensors)
         need_x, need_w, *_ = ctx.needs_input_grad
-        need = members_from(experts, ctx.needs_input_grad[5:])
+        need = members_from(experts, ctx.needs_input_grad[6:])
         dys = [None if dy is None else dy.to(dtype) for dy in grad_outputs]
         if H is None:
             H = F.linear(dropped(x, experts[0].dropout, ctx.seed, dtype), pack_A(members, dtype))
-        gates, packed = all_gates(experts, weights, dtype), pack_B(members, dtype)
+        packed = pack_B(members, dtype)
         widths = [own.width for own in experts]
         gated, grads = (H * gates).split(widths, dim=-1), []
         for member, wanted, dy, part in zip(members, need, dys, gated, strict=True):
             dB: list[Tensor | None] = [None] * len(member.lora_B)
             if dy is not None and any(wanted.lora_B):
-                dB = _split(dy.T @ part, member.experts.ranks, 1, member.lora_B, wanted.lora_B)
+                dB = _split(_columns(dy.T @ part, member.experts.ranks), member.lora_B, wanted.lora_B)
             grads.append([None, None, *[None] * len(member.lora_A), *dB])
         need_A = any(flag for wanted in need for flag in wanted.lora_A)
         dx = dweights = None
@@ -149,7 +153,7 @@ class _DenseMixture(torch.autograd.Function):
                 dA = dH.T @ (x if mask is None else x * mask).to(dtype)
                 for member, wanted, part, grad in zip(members, need, dA.split(widths), grads, strict=True):
                     count = len(member.lora_A)
-                    grad[2 : 2 + count] = _split(part, member.experts.ranks, 0, member.lora_A, wanted.lora_A)
+                    grad[2 : 2 + count] = _split(part.split(member.experts.ranks), member.lora_A, wanted.lora_A)
             if need_x:
                 A = pack_A(members, dtype)
                 if mask is None:
@@ -158,9 +162,15 @@ class _DenseMixture(torch.autograd.Function):
                 else:
                     dx = add_base_grad((dH @ A).mul_(mask), dys, members, dtype)
                 dx = cast(Tensor, dx).to(x.dtype)
-        return dx, dweights, None, None, None, *[g for grad in grads for g in grad]
+        return dx, dweights, None, None, None, None, *[g for grad in grads for g in grad]
 
 
-def _split(grad: Tensor, ranks: tuple[int, ...], dim: int, like: Sequence[Tensor], need: Sequence[Any]) -> list:
-    parts = grad.split(ranks, dim)
+def _columns(grad: Tensor, ranks: tuple[int, ...]) -> Sequence[Tensor]:
+    """Split `grad [O, ΣR]` by experts; of equal ranks in one copy, which autograd takes as it is instead of E."""
+    if ranks.count(ranks[0]) != len(ranks):
+        return grad.split(ranks, 1)
+    return grad.unflatten(1, (len(ranks), ranks[0])).transpose(0, 1).contiguous().unbind()
+
+
+def _split(parts: Sequence[Tensor], like: Sequence[Tensor], need: Sequence[Any]) -> list[Tensor | None]:
     return [p.to(t.dtype) if wanted else None for p, t, wanted in zip(parts, like, need, strict=True)]

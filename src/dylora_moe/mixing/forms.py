@@ -40,7 +40,7 @@ class Form(Protocol):
                 not zero among them. None if all may be active; then only the dense form serves.
             recompute: compute H again in the backward pass instead of keeping it.
             packed: keeps these members' matrices as this form needs them, for calls without gradients.
-            memo: keeps what depends on weights and indices alone, for the layers of one pass without gradients.
+            memo: keeps what depends on weights and indices alone, for the layers of one pass.
         """
         ...
 

@@ -26,7 +26,7 @@ from dylora_moe.config import MoELoraConfig
 from dylora_moe.experts.expert_set import ExpertSet
 from dylora_moe.layers.fold import fold, unfold
 from dylora_moe.layers.in_force import Generation, Holder, InForce
-from dylora_moe.layers.recompute import keep_routing_in_checkpoints
+from dylora_moe.layers.recompute import checkpointable, keep_routing_in_checkpoints
 from dylora_moe.layers.routed import check_not_bypassed
 from dylora_moe.routing.call import Call
 from dylora_moe.routing.decision import Decision, Rows, decide, one_hot_weights
@@ -111,6 +111,7 @@ class PassHooks:
         self._waiting = False  # for the router to read the input of layer k
         self._inside_base = False
         decoder = placement.decoder(base)
+        self._checkpointable = checkpointable(decoder)
         self._handles = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             base.register_forward_hook(self._after_base, always_call=True),
@@ -210,7 +211,7 @@ class PassHooks:
         self._pass, self._waiting, call.decision = (call, rows), False, None
         self.holder.reached = None if call.trace is None else call.trace.reached
         self.holder.put(BARE)  # whatever runs before the router has read is the bare base
-        self._prepare(decoder)
+        self._prepare()
         if self.experts.disabled:
             return (), kwargs
         decision = self._made_before(call, rows, kwargs)
@@ -324,7 +325,7 @@ class PassHooks:
 
     # ------------------------------------------------------------------ what surrounds a pass
 
-    def _prepare(self, decoder: nn.Module) -> None:
+    def _prepare(self) -> None:
         if torch.compiler.is_compiling():
             return
         generation = self.holder.generation
@@ -334,7 +335,7 @@ class PassHooks:
         if generation is None or not generation.folded:
             check_not_bypassed(self.holder)
         if self.mixture.training:
-            keep_routing_in_checkpoints(decoder, self.holder)
+            keep_routing_in_checkpoints(self._checkpointable, self.holder)
             _undo_input_require_grads(self.base)
 
     @property

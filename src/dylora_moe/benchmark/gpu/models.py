@@ -179,9 +179,11 @@ def training(setting: Setting, deadline: float) -> dict[str, Any]:
 
     def prepare(model: Any) -> tuple[Step, dict[str, Any]]:
         model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
 
         def step() -> None:
-            model.zero_grad()
+            for parameter in trained:  # as an optimizer does
+                parameter.grad = None
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
         return step, look(model, step)
