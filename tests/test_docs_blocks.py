@@ -193,3 +193,13 @@ def test_commands_run(draw, base, tmp_path, monkeypatch):
                 assert program == "dylora-moe", command
                 done = CliRunner().invoke(app, words)
                 assert done.exit_code == 0, f"{file.name}: {command}: {done.output} {done.exception!r}"
+
+
+def test_strangers_adapters_are_routed_by_the_recipe_of_the_page(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path, base)
+    (recipe,) = (block.text for block in blocks(ROOT / "docs" / "training.md", "yaml") if "adapters/sql" in block.text)
+    Path("strangers.yaml").write_text(recipe.replace(HUB_ID, base))
+    done = CliRunner().invoke(app, ["train", "strangers.yaml", "--set", "train.max_steps=2", "--no-report"])
+    assert done.exit_code == 0, done.output
+    assert DyLoraMoE.from_pretrained("runs/routed").expert_names == ["sql", "law", "math"]
