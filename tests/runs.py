@@ -11,12 +11,21 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dylora_moe.training.recipe.recipe import parse_recipe
+from dylora_moe.training.recipe.recipe import apply_overrides, parse_recipe
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 
 QUIET = Console(quiet=True)
 STAGED = {"method": "staged", "expert_steps": 4, "router_steps": 4, "joint_steps": 2}
+STEPS = 3
+SMALLER = {
+    **dict.fromkeys(("max_steps", "expert_steps", "router_steps", "joint_steps"), STEPS),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "validation"), 2),
+    "gradient_accumulation_steps": 2,
+    "max_length": 256,  # what the base has
+    "warmup_steps": 0,  # a step at the rate 0 changes nothing
+}
 
 
 def small_recipe(base: str, output: Path, **train: Any) -> dict[str, Any]:
@@ -41,6 +50,30 @@ def small_recipe(base: str, output: Path, **train: Any) -> dict[str, Any]:
         "eval": {"metric": "loss", "batch_size": 2},
         "output": str(output),
     }
+
+
+def small(content: dict[str, Any], base: str, folder: Path) -> dict[str, Any]:
+    """The content of a recipe with little to do; a file in `folder` takes the place of each data set of the hub."""
+    if "start" not in content:
+        content["base"]["model"] = base
+    for name, expert in [*content["experts"].items()]:
+        if "path" in expert.get("data", {}):  # a file in the place of the data set, as a user without internet gives it
+            files = [f"experts.{name}.data.{key}={rows(folder / f'{name}-{key}.jsonl')}" for key in ("train", "test")]
+            content = apply_overrides(content, files)
+    for expert in content["experts"].values():
+        data = expert.get("data", {})
+        if "skill" in data:
+            data |= {"train": 12, "test": 2}
+    content["train"] |= {key: value for key, value in SMALLER.items() if key in content["train"]}
+    content["eval"] |= {"samples": 2, "max_new_tokens": 4, "baseline": False}
+    return content
+
+
+def rows(file: Path) -> str:
+    """Twelve rows in a file."""
+    lines = [{"prompt": f"{file.stem} {i}?", "completion": f"answer {i}"} for i in range(12)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
 
 
 def run(content: dict[str, Any], **options: Any) -> Job:

@@ -14,26 +14,18 @@ from rich.console import Console
 from transformers import set_seed
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.training.recipe.recipe import apply_overrides, parse_recipe
+from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.recipe.sections import Recipe
 from dylora_moe.training.run.build import base_of, build_mixture
 from dylora_moe.training.run.folder import is_finished
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.run.plan import plan
 from dylora_moe.training.run.results import Results
+from runs import STEPS, small
 from tinybase import save_tiny_base
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SKILLS = "runs/skills"  # what the other recipes start from
-STEPS = 3
-SMALLER = {
-    **dict.fromkeys(("max_steps", "expert_steps", "router_steps", "joint_steps"), STEPS),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 1),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "validation"), 2),
-    "gradient_accumulation_steps": 2,
-    "max_length": 256,  # what the base has
-    "warmup_steps": 0,  # a step at the rate 0 changes nothing
-}
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +58,12 @@ def train(recipe: Recipe) -> tuple[Recipe, Results]:
 
 def shrunk(content: dict[str, Any], base: str, folder: Path, skills: str = "") -> Recipe:
     """A recipe's content with little to do; `skills` takes the place of `runs/skills`."""
+    content = small(content, base, folder)
     if "start" in content:
         content["start"] = moved(content["start"], skills)
-    else:
-        content["base"]["model"] = base
-    for name, expert in [*content["experts"].items()]:
-        if "path" in expert.get("data", {}):  # a file in the place of the data set, as a user without internet gives it
-            files = [f"experts.{name}.data.{key}={rows(folder / f'{name}-{key}.jsonl')}" for key in ("train", "test")]
-            content = apply_overrides(content, files)
     for expert in content["experts"].values():
         if "adapter" in expert:
             expert["adapter"] = moved(expert["adapter"], skills)
-        data = expert.get("data", {})
-        if "skill" in data:
-            data |= {"train": 12, "test": 2}
-    content["train"] |= {key: value for key, value in SMALLER.items() if key in content["train"]}
-    content["eval"] |= {"samples": 2, "max_new_tokens": 4, "baseline": False}
     return parse_recipe({**content, "output": str(folder / "run")})
 
 
@@ -90,13 +72,6 @@ def moved(path: str, skills: str) -> str:
     _, found, rest = path.partition(SKILLS)
     assert found, path
     return skills + rest
-
-
-def rows(file: Path) -> str:
-    """Twelve rows in a file."""
-    lines = [{"prompt": f"{file.stem} {i}?", "completion": f"answer {i}"} for i in range(12)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(file)
 
 
 def tensors(mixture: DyLoraMoE) -> dict[str, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .reports import GradientStats, ParameterReport, gradient_report
     from .routing.router import Router
     from .routing.trace import RoutingTrace
+    from .training.trainer.trainer import MoETrainer as MoETrainer
 
 # Name → module. They are loaded when they are first used (PEP 562): torch, transformers and peft take seconds.
 _MODULES = {
@@ -22,6 +23,7 @@ _MODULES = {
     "GradientStats": "reports",
     "MoECausalLMOutput": "output",
     "MoELoraConfig": "config",
+    "MoETrainer": "training.trainer.trainer",
     "ParameterReport": "reports",
     "Router": "routing.router",
     "RoutingTrace": "routing.trace",
@@ -29,7 +31,7 @@ _MODULES = {
     "gradient_report": "reports",
 }
 
-__all__ = [
+__all__ = [  # without MoETrainer, which needs the extra `train`: a star takes what the core has
     "CheckpointError",
     "DyLoraMoE",
     "GradientStats",
@@ -52,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES, *__all__})

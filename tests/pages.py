@@ -1,0 +1,63 @@
+"""The code blocks of the documentation, and a folder in which they run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+
+from dylora_moe import DyLoraMoE, MoELoraConfig
+from runs import small, write
+from tinybase import tiny_base, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+STRANGERS = {"sql": ["q_proj", "v_proj"], "law": ["down_proj"], "math": ["q_proj", "k_proj", "up_proj"]}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def key(self) -> str:
+        """Its first line, by which it can be named."""
+        return self.text.splitlines()[0].strip()
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The blocks of a page in some languages, in order."""
+    found = [Block(page.name, *match) for match in FENCE.findall(page.read_text(encoding="utf-8"))]
+    return [block for block in found if block.language in languages]
+
+
+def furnish(folder: Path, base: str) -> None:
+    """Put into `folder` what readers are said to have: three strangers' adapters, their texts, a finished mixture."""
+    for rank, (name, targets) in enumerate(STRANGERS.items(), start=2):
+        torch.manual_seed(rank)
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(tiny_base(), config).save_pretrained(folder / "adapters" / name)
+        rows = [{"text": f"{name} text number {i}"} for i in range(20)]
+        for file in (f"{name}.jsonl", f"{name}-test.jsonl"):
+            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = MoELoraConfig(expert_names=["json", "sql", "date", "cart"], r=2, target_modules="all-linear")
+    mixture = DyLoraMoE.from_base(base, config)
+    mixture.save_pretrained(folder / "runs" / "skills")
+    tiny_tokenizer().save_pretrained(folder / "runs" / "skills")
+
+
+def furnish_recipes(folder: Path, base: str) -> None:
+    """Put the recipes into `folder / "recipes"`, each with little to do."""
+    (folder / "recipes").mkdir()
+    for file in (ROOT / "recipes").glob("*.yaml"):
+        content = small(yaml.safe_load(file.read_text(encoding="utf-8")), base, folder)
+        write(content, folder / "recipes" / file.name)
