@@ -50,7 +50,9 @@ def gathered_mixture(
     A, Bs, scalings = remember(packed, ("gathered", dtype), lambda: _gatherable(members, dtype, by_rows))
     rank = A.shape[1]
     chosen = remember(
-        None if torch.is_grad_enabled() else memo, ("chosen", tokens, dtype, rank, scalings), lambda: Chosen.of(weights, indices, members, rank, dtype)
+        None if torch.is_grad_enabled() else memo,
+        ("chosen", tokens, dtype, rank, scalings),
+        lambda: Chosen.of(weights, indices, members, rank, dtype),
     )
     xd, width = (F.dropout(x, dropout) if dropout else x).to(dtype), len(members) * active * rank
     if in_place:
