@@ -147,30 +147,27 @@ def _gates(own: LayerExperts, columns: tuple[int, ...], like: Tensor) -> Tensor 
 def _rows_of_A(members: Sequence[Member], columns: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`[N, ΣR, D]`: for each row its expert's A of all members, each padded to the member's R."""
     width = members[0].lora_A[0].shape[1]
-    by_member = [_by_row(m.experts, m.lora_A, (max(m.experts.ranks), width), columns, dtype) for m in members]
-    return torch.cat([A for row in zip(*by_member, strict=True) for A in row]).view(len(columns), -1, width)
+    by_member = [_by_row(m.experts, m.lora_A, (max(m.experts.ranks), width), columns) for m in members]
+    rows = torch.cat([A for row in zip(*by_member, strict=True) for A in row])
+    return rows.to(dtype).view(len(columns), -1, width)  # one cast, not one for each
 
 
 def _rows_of_B(member: Member, columns: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`[N, O, R]`: for each row its expert's B."""
     shape = (member.lora_B[0].shape[0], max(member.experts.ranks))
-    return torch.stack(_by_row(member.experts, member.lora_B, shape, columns, dtype))
+    return torch.stack(_by_row(member.experts, member.lora_B, shape, columns)).to(dtype)
 
 
 def _by_row(
-    own: LayerExperts,
-    matrices: Sequence[Tensor],
-    shape: tuple[int, int],
-    columns: tuple[int, ...],
-    dtype: torch.dtype,
+    own: LayerExperts, matrices: Sequence[Tensor], shape: tuple[int, int], columns: tuple[int, ...]
 ) -> list[Tensor]:
     """For each row its expert's matrix, padded with zeros to `shape`; zeros where the layer carries none."""
     place, made = {column: i for i, column in enumerate(own.columns)}, {}
     for column in set(columns):
         if column not in place:
-            made[column] = torch.zeros(shape, dtype=dtype, device=matrices[0].device)
+            made[column] = matrices[0].new_zeros(shape)
             continue
-        matrix = matrices[place[column]].to(dtype)
+        matrix = matrices[place[column]]
         if matrix.shape != shape:
             matrix = F.pad(matrix, (0, shape[1] - matrix.shape[1], 0, shape[0] - matrix.shape[0]))
         made[column] = matrix
@@ -188,12 +185,13 @@ def _of_experts(
     """The gradient of each expert's matrix: of those `by_row [N, X, Y]` the sum over its rows, without the padding."""
     rows = {column: row for row, column in enumerate(columns)}
     if len(columns) - columns.count(-1) == len(rows.keys() - {-1}):  # no expert has two
-        sums: Any = [by_row[rows[c]] if c in rows else torch.zeros_like(by_row[0]) for c in own.columns]
+        each = by_row.to(like[0].dtype).unbind()
+        sums: Any = [each[rows[c]] if c in rows else torch.zeros_like(each[0]) for c in own.columns]
     else:
         mine = weights.to(by_row.dtype)
         if own.columns != tuple(range(weights.shape[1])):
             mine = mine[:, list(own.columns)]
-        sums = (mine.T @ by_row.flatten(1)).view(-1, *by_row.shape[1:])
+        sums = (mine.T @ by_row.flatten(1)).to(like[0].dtype).view(-1, *by_row.shape[1:]).unbind()
     return [
         found[: t.shape[0], : t.shape[1]].to(t.dtype).contiguous() if wanted else None
         for found, t, wanted in zip(sums, like, need, strict=True)
