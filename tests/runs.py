@@ -16,6 +16,7 @@ from dylora_moe.training.run.job import Job
 from dylora_moe.training.trainer.checkpoints import EXEMPT_FROM_RESUME
 
 QUIET = Console(quiet=True)
+SPECIALISTS = {"method": "specialists", "max_steps": 4, "router": "trained", "router_steps": 4}
 STAGED = {"method": "staged", "expert_steps": 4, "router_steps": 4, "joint_steps": 2}
 STEPS = 3
 SMALLER = {

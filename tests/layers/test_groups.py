@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dylora_moe import DyLoraMoE
-from dylora_moe.layers.groups import group_of, siblings_of
+from dylora_moe.layers.groups import group_of, rows_of, siblings_of
 from dylora_moe.layers.in_force import InForce
 from tiny import NAMES, difference, tiny_mixture
 
@@ -61,3 +61,13 @@ def test_only_the_loop_serves_a_merged_layer(model):
     assert group_of(layer, NAMES, model.holder.layers) is not None
     layer.merge(adapter_names=["red"])
     assert group_of(layer, NAMES, model.holder.layers) is None
+
+
+def test_rows_serve_layers_that_see_their_tokens_in_order():
+    now = InForce(NAMES, torch.eye(3)[:2, None], rows=(0, 1))
+    for leading in ((2, 20), (4, 20), (40,)):  # as they are, two beams each, flattened
+        assert rows_of(now, torch.Size(leading)) == (0, 1)
+    for leading in ((1, 20), (41,), (2, 2, 20), (2, 3)):  # of one for all, of others, too few
+        assert rows_of(now, torch.Size(leading)) is None
+    assert rows_of(InForce(NAMES, now.weights, rows=(0, 1), form="dense"), torch.Size((2, 20))) is None
+    assert rows_of(InForce(NAMES, now.weights), torch.Size((2, 20))) is None

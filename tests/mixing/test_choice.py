@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dylora_moe.mixing import choose
-from dylora_moe.mixing.choice import Crossovers, crossovers
+from dylora_moe.mixing.choice import LEAST_TOKENS_PER_ROW, Crossovers, crossovers, pays_by_row
 
 
 def test_the_choice_follows_from_shapes(member):
@@ -52,3 +52,7 @@ def test_each_crossover_is_the_first_size_that_pays():
 
 def test_a_device_that_nobody_measured_goes_by_the_cpu():
     assert crossovers("meta") == crossovers("cpu")
+
+
+def test_rows_of_few_tokens_are_computed_with_all_experts():
+    assert [pays_by_row(LEAST_TOKENS_PER_ROW + i) for i in (-1, 0)] == [False, True]

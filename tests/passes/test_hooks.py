@@ -41,6 +41,7 @@ def test_a_decision_of_the_caller_is_in_force_from_the_start():
     assert {now.forced for now in seen_by_layers(model, lambda: model(tokens(), experts="red"))} == {("red",)}
     mixed = seen_by_layers(model, lambda: model(tokens(), experts=["red", "base"]))
     assert {now.names for now in mixed} == {("red",)}  # experts that no row uses are not touched
+    assert {now.rows for now in mixed} == {(0, -1)}
     given = seen_by_layers(model, lambda: model(tokens(), routing_weights=torch.tensor([0.2, 0.3, 0.5])))
     assert all(now.active is None and now.weights.shape == (1, 1, 3) for now in given)
 

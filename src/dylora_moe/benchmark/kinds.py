@@ -23,6 +23,7 @@ class Kind:
         sparse: top-k weights instead of dense ones.
         granularity: of the routing.
         forced: one expert for all rows.
+        by_row: each row forced to an expert, neighbours to different ones.
         fold: the fixed mixture is folded for the length of a generation.
         dropout: of the adapters.
         same_dtype: PEFT's adapter in the base's dtype (`autocast_adapter_dtype=False`) instead of float32.
@@ -36,6 +37,7 @@ class Kind:
     sparse: bool = False
     granularity: str = "token"
     forced: bool = False
+    by_row: bool = False
     fold: bool = False
     dropout: float = 0.0
     same_dtype: bool = False
@@ -60,6 +62,10 @@ KINDS = {
     "dense": Kind("ours, dense form", "ours", form="dense"),
     "auto": Kind("ours", "ours"),
     "auto-dropout": Kind(f"ours, dropout {DROPOUT}", "ours", ("train", "linear-train"), dropout=DROPOUT),
+    "by-row": Kind("ours, each row its own expert", "ours", ("train", "prefill"), by_row=True),
+    "by-row-dense": Kind(
+        "ours, each row its own expert, dense form", "ours", ("train", "prefill"), form="dense", by_row=True
+    ),
     "dense-top": Kind("ours, dense form, top-{k}", "ours", form="dense", sparse=True),
     "grouped-top": Kind("ours, grouped form, top-{k}", "ours", FORWARD_WORKS, form="grouped", sparse=True),
     "gathered-top": Kind("ours, gathered form, top-{k}", "ours", form="gathered", sparse=True),

@@ -30,6 +30,9 @@ PLANS = {
     ),
     "graphs": Settings("prefill", "small", (8,), ("base", "peft", "auto", "auto-top"), rounds=0, graphs=True),
     "training": Settings("train", "medium", (8,), (*PEERS, "auto"), rounds=7, warmup=1),
+    "specialists": Settings(
+        "train", "small", (4, 64), ("base", "base-again", "peft", "by-row", "by-row-dense"), batch=8, rounds=7, warmup=1
+    ),
     "experts": Settings(
         "train", "small", COUNTS, ("base", "base-again", "peft", "peft-wide", "auto", "auto-top"), rounds=5, warmup=1
     ),
@@ -112,6 +115,10 @@ TARGETS = (
     Target("training step, the loop takes longer", "training", "time", "loop/8", 1.8, "auto/8", at_least=True),
     Target("training step, a pass per expert takes longer", "training", "time", "passes/8", 6.0, "auto/8", True),
     Target("training step, X-LoRA takes longer", "training", "time", "xlora/8", 2.0, "auto/8", at_least=True),
+    Target("specialists step, E=4, against PEFT of rank r", "specialists", "time", "by-row/4", 1.10, "peft"),
+    Target("specialists step, E=64, against PEFT of rank r", "specialists", "time", "by-row/64", 1.10, "peft"),
+    Target("specialists step, E=4, saved bytes", "specialists", "saved_bytes", "by-row/4", 1.1, "peft"),
+    Target("specialists step, E=64, saved bytes", "specialists", "saved_bytes", "by-row/64", 1.1, "peft"),
     Target("top-2 of 64, width 1024, against the base linear", "top-1024", "time", "auto-top/64", 1.30, "base"),
     Target("top-2 of 64, width 1024, against top-2 of 8", "top-1024", "time", "auto-top/64", 1.10, "auto-top/8"),
     Target("top-2 of 64, width 4096, against the base linear", "top-4096", "time", "auto-top/64", 1.30, "base"),

@@ -61,6 +61,9 @@ def model_runner(settings: Settings, models: Models, key: str, kind: Kind, exper
     arguments: dict[str, Any] = {}
     if kind.forced:
         arguments["experts"] = model.expert_names[0]
+    if kind.by_row:
+        names = model.expert_names
+        arguments["experts"] = [names[row % len(names)] for row in range(settings.batch)]
     if kind.fold:
         if settings.batch > 1 and not kind.forced:
             raise Unavailable("several rows decide a mixture each; one is folded at a time (--batch 1)")
@@ -71,13 +74,13 @@ def model_runner(settings: Settings, models: Models, key: str, kind: Kind, exper
 
     def loss() -> Any:
         if not whole:
-            logits = caller(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            logits = caller(input_ids=ids, use_cache=False, logits_to_keep=1, **arguments).logits
             return logits.float().square().mean()
-        return caller(input_ids=ids, labels=ids, use_cache=False).loss
+        return caller(input_ids=ids, labels=ids, use_cache=False, **arguments).loss
 
     def prefill() -> Tensor:
         with torch.no_grad():
-            return caller(input_ids=ids, use_cache=kind.family != "xlora", logits_to_keep=1).logits
+            return caller(input_ids=ids, use_cache=kind.family != "xlora", logits_to_keep=1, **arguments).logits
 
     def decode() -> Tensor:
         fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dylora_moe.mixing import FORMS, choose
+from dylora_moe.mixing.choice import pays_by_row
 from dylora_moe.mixing.member import LayerExperts, Member, lay_side_by_side, remember
+from dylora_moe.mixing.rows import row_mixture
 
 from .in_force import Generation, InForce, RoutedLayers
 
@@ -95,8 +97,8 @@ def member_of(layer: Any, names: tuple[str, ...]) -> Member | None:
     if tuple(own_A) == names:
         present, columns = names, tuple(range(len(names)))
     else:
-        present = tuple(name for name in names if name in own_A)
-        columns = tuple(names.index(name) for name in present)
+        columns = tuple(column for column, name in enumerate(names) if name in own_A)
+        present = tuple(names[column] for column in columns)
     if layer.lora_variant and any(name in layer.lora_variant for name in present):
         return None
     own_drops = [drops[name] for name in present]
@@ -147,17 +149,24 @@ def mix_group(group: Group, x: Tensor, now: InForce, generation: Generation | No
         memo = now.memo.get(at)
         if memo is None:
             memo = now.memo[at] = {}
-    plain = None if torch.is_grad_enabled() else memo  # a node for all layers would add their gradients up elsewhere
-    weights = remember(plain, "weights", lambda: now.weights_for(leading, x.device))
-    active = remember(memo, "active", lambda: now.active_for(leading, x.device))
-    form, lasting = remember(keep, (now.form, leading, active is None), lambda: form_of(now, members, flat, leading[0]))
-    if not lasting:
-        keep = None
-    options = {"recompute": now.recompute_shrink, "packed": keep, "memo": memo}
-    outputs = FORMS[form](flat, weights, members, active, **options)
+    alone = None if torch.is_grad_enabled() else memo  # one node for all layers would add their gradients up elsewhere
+    rows = rows_of(now, leading)
+    if rows is not None:
+        assert now.weights is not None
+        by_row = now.weights[:, 0].to(x.device)
+        outputs = row_mixture(flat, by_row, rows, members, recompute=now.recompute_shrink)
+    else:
+        weights = remember(alone, "weights", lambda: now.weights_for(leading, x.device))
+        active = remember(memo, "active", lambda: now.active_for(leading, x.device))
+        form, lasting = remember(
+            keep, (now.form, leading, active is None), lambda: form_of(now, members, flat, leading[0])
+        )
+        options = {"recompute": now.recompute_shrink, "packed": keep if lasting else None, "memo": memo}
+        outputs = FORMS[form](flat, weights, members, active, **options)
     if members[0].weight is None:
         outputs[0] = layers[0].base_layer(x).flatten(0, -2) + outputs[0]
     if biased:
+        weights = remember(alone, "weights", lambda: now.weights_for(leading, x.device))
         outputs = [with_lora_bias(*each, now.names, weights) for each in zip(layers, members, outputs, strict=True)]
     outputs = [y.view(leading + y.shape[1:]) for y in outputs]
     if len(layers) > 1:
@@ -165,6 +174,15 @@ def mix_group(group: Group, x: Tensor, now: InForce, generation: Generation | No
         for layer, y in zip(layers[1:], outputs[1:], strict=True):
             now.waiting[layer.routing_name] = x, y
     return outputs[0]
+
+
+def rows_of(now: InForce, leading: torch.Size) -> tuple[int, ...] | None:
+    """The column of each row where rows that belong wholly to one expert are best computed as such, else None."""
+    if now.rows is None or now.form != "auto" or torch.compiler.is_compiling():
+        return None
+    if len(leading) > 2 or leading[0] % len(now.rows):  # whose tokens these are the weights have to say
+        return None
+    return now.rows if pays_by_row(leading.numel() // len(now.rows)) else None
 
 
 def form_of(now: InForce, members: list[Member], flat: Tensor, rows: int) -> tuple[str, bool]:

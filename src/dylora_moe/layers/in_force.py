@@ -27,6 +27,7 @@ class InForce:
         names: the experts that the columns of `weights` belong to.
         weights: `[B, S or 1, E]`, or None if no mixing is in force.
         active: `[B, S or 1, K]` columns of the experts that may have weight; None if all may.
+        rows: where every row belongs wholly to one expert or to the base, its column or -1: what `weights` say.
         forced: PEFT's own forward with exactly these adapters active (none of them is the base), or None.
         form: which of `mixing.FORM_NAMES` computes the mixture; "auto" chooses by shapes.
         recompute_shrink: compute H = x·Aᵀ again in the backward pass instead of keeping it.
@@ -37,6 +38,7 @@ class InForce:
     names: tuple[str, ...] = ()
     weights: Tensor | None = None
     active: Tensor | None = None
+    rows: tuple[int, ...] | None = None
     forced: tuple[str, ...] | None = None
     form: str = "auto"
     recompute_shrink: bool = False

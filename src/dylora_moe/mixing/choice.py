@@ -81,3 +81,12 @@ def choose(
     rows = x.shape[0] if tokens is None else tokens
     fastest = crossovers(x.device.type).fastest(rows, num_experts, active, gathers_in_place(x))
     return "dense" if fastest == "grouped" and not aligned(x, members) else fastest
+
+
+LEAST_TOKENS_PER_ROW = 16
+"""From so many tokens per row on, a set of matrices for each row costs less than every expert for every row."""
+
+
+def pays_by_row(tokens: int) -> bool:
+    """Whether rows of so many tokens are computed each with its own expert only, rather than with all."""
+    return tokens >= LEAST_TOKENS_PER_ROW

@@ -314,14 +314,18 @@ class PassHooks:
     def _in_force(self, decision: Decision) -> InForce:
         names, weights, rows = tuple(self.experts.names), decision.weights, decision.rows
         how = {"form": self.config.mixing_form, "recompute_shrink": self.config.recompute_shrink}
-        touched = self.experts.touch_all and torch.is_grad_enabled()
-        if not rows.forced or touched:
+        if not rows.forced:
             return InForce(names, weights, decision.active, **how)
-        used = sorted({column for column in rows.columns or () if column is not None and column >= 0})
-        if len(set(rows.columns or ())) == 1:
+        columns = tuple(-1 if column is None else column for column in rows.columns or ())
+        if self.experts.touch_all and torch.is_grad_enabled():
+            return InForce(names, weights, rows=columns, **how)
+        used = sorted({column for column in columns if column >= 0})
+        if len(set(columns)) == 1:
             return InForce(forced=tuple(names[column] for column in used))
         # unused experts must get no gradient, not a zero one
-        return InForce(tuple(names[column] for column in used), weights[..., used], **how)
+        place = {-1: -1, **{column: i for i, column in enumerate(used)}}
+        by_row = tuple(place[column] for column in columns)
+        return InForce(tuple(names[column] for column in used), weights[..., used], rows=by_row, **how)
 
     # ------------------------------------------------------------------ what surrounds a pass
 

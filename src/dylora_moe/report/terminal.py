@@ -117,6 +117,9 @@ def results_tables(results: Results) -> list[Table]:
     metric = METRICS[results.metric]
     table = Table(title=f"Held-out {metric.title}" + ("" if metric.is_share else f" ({metric.unit})"))
     table.caption = "with 95 % bootstrap intervals over the rows"
+    if results.baseline is not None:
+        rank, rate = results.baseline["rank"], results.baseline["learning_rate"]
+        table.caption += f"; one LoRA of rank {rank} at the learning rate {rate:.3g} ({results.baseline['how']})"
     table.add_column("domain")
     table.add_column("rows", justify="right")
     columns = [key for key in COLUMNS if results.columns.get(key)]

@@ -121,7 +121,7 @@ def test_unknown_keys_name_the_path_and_the_nearest_key(data, message):
 
 
 def test_a_key_like_no_other_is_refused_without_a_guess():
-    with pytest.raises(RecipeError, match=r"^eval\.zzz: unknown key\. Valid keys: baseline, batch_size"):
+    with pytest.raises(RecipeError, match=r"^eval\.zzz: unknown key\. Valid keys: baseline, baseline_learning_rate, b"):
         parse_recipe(minimal(eval={"zzz": 1}))
 
 
@@ -134,7 +134,7 @@ def test_a_key_like_no_other_is_refused_without_a_guess():
         (minimal(base={"dtype": "int8"}), r"^base\.dtype: expected one of 'float32', .* got 'int8'"),
         (
             minimal(train={"method": "jiont"}),
-            r"^train\.method: expected one of 'joint', 'staged', .* got 'jiont'",
+            r"^train\.method: expected one of 'joint', 'specialists', 'staged', .* got 'jiont'",
         ),
         (minimal(train={"max_steps": "five"}), r"^train\.max_steps: expected an integer, got 'five'"),
         (minimal(train={"learning_rate": True}), r"^train\.learning_rate: expected a number, got True"),
@@ -224,8 +224,9 @@ def test_wrong_types_name_the_value_and_what_was_expected(data, message):
         ),
         (minimal(train={"output_dir": "x"}), r"^train\.output_dir: not set here; set `output`"),
         (minimal(train={"seed": 1}), r"^train\.seed: not set here"),
-        (minimal(train={"method": "staged", "expert_steps": 3}), r"^train: `method: staged` needs expert_steps and"),
-        (minimal(train={"router_steps": 3}), r"^train: router_steps is for `method: staged`"),
+        (minimal(train={"method": "staged", "router_steps": 3}), r"^train: `method: staged` needs expert_steps, and"),
+        (minimal(train={"router_steps": 3}), r"^train: router_steps is for `method: specialists or staged`"),
+        (minimal(eval={"baseline_learning_rate": 0}), r"^eval: baseline_learning_rate=0: must be greater than 0"),
         (minimal(train={"router_learning_rate": 0.0}), r"^train: router_learning_rate=0\.0: must be greater than 0"),
         (
             minimal(train={"domain_coefficient": -0.1}),

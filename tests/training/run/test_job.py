@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.report.terminal import results_tables
+from dylora_moe.routing.router import ROUTERS
 from dylora_moe.schema import RecipeError
 from dylora_moe.training.recipe.recipe import parse_recipe
 from dylora_moe.training.run.job import Job
 from dylora_moe.training.run.lock import FolderLock
-from runs import QUIET, STAGED, assert_same_run, history, run, tensors, write
+from dylora_moe.training.run.plan import plan
+from runs import QUIET, SPECIALISTS, STAGED, assert_same_run, history, run, tensors, write
 
 # ---------------------------------------------------------------------- stages
 
@@ -41,6 +43,67 @@ def test_staged_trains_each_expert_alone_then_the_router(content, tmp_path):
     assert any("router/load/cart" in row for row in rows if row["stage"] == "router")
     model = DyLoraMoE.from_pretrained(str(tmp_path / "run"))
     assert not model.frozen_experts
+
+
+def test_specialists_train_in_mixed_batches_each_row_its_own_expert_then_the_router(content, tmp_path, monkeypatch):
+    seen: list[tuple[str, ...]] = []
+    forward = DyLoraMoE.forward
+
+    def noting(self, *args, **inputs):
+        if self.training:
+            seen.append(tuple(inputs.get("experts") or ()))
+        return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(DyLoraMoE, "forward", noting)
+    mixed = {"mixing": "equal", "train_sampling_strategy": "sequential"}
+    job = run(content(**SPECIALISTS, **mixed))
+    assert job.results.reloaded_identical
+    assert [set(experts) for experts in seen] == [{"date", "cart"}] * 4 + [set()] * 4
+    stages = tmp_path / "run" / "stages"
+    assert sorted(folder.name for folder in stages.iterdir()) == ["router", "specialists"]
+    assert sorted(f.name for f in (stages / "specialists" / "trained").iterdir() if f.is_dir()) == ["cart", "date"]
+    final = tensors(tmp_path / "run")
+    for name in ("date", "cart"):
+        trained = load_file(stages / "specialists" / "trained" / name / "adapter_model.safetensors")
+        assert all(torch.equal(value, final[f"{name}/adapter_model/{key}"]) for key, value in trained.items())
+    assert not any("router/balance" in row for row in history(tmp_path / "run") if row["stage"] == "specialists")
+    assert not DyLoraMoE.from_pretrained(str(tmp_path / "run")).frozen_experts
+
+
+def test_specialists_one_stage_after_another_equal_the_whole_run(content, tmp_path):
+    run(content(**SPECIALISTS))
+    Job(parse_recipe(content("apart", **SPECIALISTS)), QUIET).begin()
+    for stage in ("specialists", "router"):
+        run(content("apart", **SPECIALISTS), only=stage)
+    run(content("apart", **SPECIALISTS), resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "apart")
+
+
+def test_a_router_in_closed_form_is_fitted_on_each_expert_s_own_examples(content, tmp_path, monkeypatch):
+    """With a linear router in its place: who is taught what, and what is kept."""
+    monkeypatch.setitem(ROUTERS, "closed_form", ROUTERS["linear"])
+    taught: dict[str, list[str]] = {}
+
+    def teach(self, name, rows, tokenizer=None):
+        taught[name] = [row.prompt for row in rows]
+        column = self.expert_names.index(name)
+        for parameter in self.router.parameters():
+            parameter.data[column] = column + 1.0
+        assert tokenizer is not None
+
+    monkeypatch.setattr(DyLoraMoE, "teach", teach, raising=False)
+    train = {"method": "specialists", "max_steps": 2, "router_learning_rate": None, "domain_coefficient": 0}
+    job = run(content(**train))
+    assert taught == {name: [row.prompt for row in job.train[name]] for name in ("date", "cart")}
+    fitted = tensors(tmp_path / "run")
+    router = [value for key, value in fitted.items() if key.startswith("router")]
+    assert all(set(value[column].flatten().tolist()) == {column + 1.0} for value in router for column in range(2))
+    assert {row["stage"] for row in history(tmp_path / "run")} == {"specialists"}
+    assert [(stage.name, stage.steps, stage.rows) for stage in plan(job.recipe).stages][1] == ("fit", 0, 32)
+    taught.clear()
+    run(content(**train), resume=True)  # what is finished is taken over
+    assert not taught
+    assert all(torch.equal(value, fitted[key]) for key, value in tensors(tmp_path / "run").items())
 
 
 def test_stages_do_not_hang_on_one_another(content, tmp_path):

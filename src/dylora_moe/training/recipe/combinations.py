@@ -46,6 +46,24 @@ def _exclusions(recipe: Recipe) -> list[tuple[str, Any, str]]:
             "Use granularity: token, or no packing.",
         ),
         (
+            "mixture.router_type",
+            train.closed_form and recipe.mixture.get("router_type", "closed_form") != "closed_form",
+            "`train.router: closed_form` computes a router of the type closed_form. Leave it out, or set "
+            "`train.router: trained`.",
+        ),
+        (
+            "mixture.router_type",
+            recipe.mixture.get("router_type") == "closed_form" and any(stage.by_steps for stage in recipe.stages),
+            "a router in closed form is computed, not trained. Use `method: specialists` or `staged` with `router: "
+            "closed_form`, or another type.",
+        ),
+        (
+            "train.padding_free",
+            arguments.get("padding_free") and any(not s.router and len(s.domains) > 1 for s in recipe.stages),
+            "a flattened batch is one row of several domains, and a forced row has one expert. Use packing, which "
+            "keeps the domains apart, or neither.",
+        ),
+        (
             "train.deepspeed",
             checkpointing and _zero_stage(arguments.get("deepspeed")) == 3,
             "under ZeRO stage 3 the recompute of non-reentrant checkpointing, the kind that routing needs, finds "

@@ -173,12 +173,11 @@ class TrainRecipe(Way):
         if method.counts_steps and "max_steps" in self.arguments:
             keys = ", ".join(method.keys)
             raise ValueError(f"max_steps is not used by `method: {self.method}`; set {keys}.")
-        if not method.trains_router:
+        if self.closed_form or not method.trains_router:
+            way = "router: closed_form" if self.closed_form else f"method: {self.method}"
             for key in ("domain_coefficient", "router_learning_rate", "router_weight_decay", "temperature_start"):
                 if getattr(self, key):
-                    raise ValueError(
-                        f"{key} is for the router, which `method: {self.method}` does not train; leave it out."
-                    )
+                    raise ValueError(f"{key} is for the router, which `{way}` does not train; leave it out.")
         if self.two_phase is not None and "lr_scheduler_type" in self.arguments:
             raise ValueError("two_phase and lr_scheduler_type both set the learning rate's schedule; keep one.")
 
@@ -193,7 +192,10 @@ class EvalRecipe:
         samples: at most so many examples per expert; default all.
         batch_size: rows per batch.
         max_new_tokens: where generation stops at the latest.
-        baseline: also train and measure a single LoRA of the same total rank.
+        baseline: also train and measure a single LoRA of the same total rank R.
+        baseline_learning_rate: its learning rate; default the experts' times √(r/R), as the best rate at alpha = 2r
+            goes (r the mean of the experts' ranks). `sweep` trains with ½, 1 and 2 times that and keeps the best on
+            the held-out rows.
     """
 
     metric: str = choice(METRICS, DEFAULT_METRIC)
@@ -201,10 +203,14 @@ class EvalRecipe:
     batch_size: int = 32
     max_new_tokens: int = 48
     baseline: bool = False
+    baseline_learning_rate: float | Literal["sweep"] | None = None
 
     def __post_init__(self):
         for key in ("samples", "batch_size", "max_new_tokens"):
             at_least(self, key, 1)
+        rate = self.baseline_learning_rate
+        if isinstance(rate, (int, float)) and not 0 < rate < math.inf:
+            raise ValueError(f"baseline_learning_rate={rate}: must be greater than 0, and finite; or sweep.")
 
 
 @dataclass(frozen=True)
@@ -298,9 +304,17 @@ class Recipe:
             RecipeError: a value that `MoELoraConfig` refuses, for example `top_k` above the number of experts.
         """
         from dylora_moe.config import MoELoraConfig
+        from dylora_moe.routing.router import ROUTERS
 
+        settings = deepcopy(self.mixture)
+        if self.train.closed_form:
+            if "closed_form" not in ROUTERS:
+                raise RecipeError(
+                    "train.router: this version has no router in closed form. Set `router: trained` and `router_steps`."
+                )
+            settings.setdefault("router_type", "closed_form")
         try:
-            return MoELoraConfig(expert_names=list(self.experts), **deepcopy(self.mixture))
+            return MoELoraConfig(expert_names=list(self.experts), **settings)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"mixture: {error}") from error
 

@@ -7,10 +7,11 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import Any, cast
 
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
@@ -30,7 +31,7 @@ from dylora_moe.training.trainer.schedule import TemperatureSchedule
 from dylora_moe.training.trainer.steps import check_steps, rows_of
 from dylora_moe.training.trainer.trainer import MoETrainer
 
-from .arguments import keep_intervals, trainer_arguments
+from .arguments import keep_intervals, resolved_arguments, trainer_arguments
 from .build import (
     base_of,
     base_title,
@@ -40,10 +41,12 @@ from .build import (
     loading_options,
     single_lora_config,
 )
+from .fit import fit_router
 from .folder import HISTORY_FILE, RESULTS_FILE, TRAINED, RunFolder, finish, is_finished, load_finished
 from .lock import FolderLock
 from .measure import Measurement
 from .results import Results
+from .single import single_rate
 from .stages import set_trainable, thaw
 
 PARENT_VARIABLE = "DYLORA_MOE_PARENT"
@@ -164,6 +167,8 @@ class Job:
     def _check_steps(self) -> None:
         """Raise `ValueError` where a stage would end without one optimizer step."""
         for stage in self.stages:
+            if stage.fits:
+                continue
             arguments = self.arguments(stage)
             whole_batches = arguments.dataloader_drop_last  # else every row is seen
             rows = rows_of(self.dataset(stage.domains), arguments) if whole_batches else 1
@@ -201,7 +206,7 @@ class Job:
         self._check_steps()
         with self._phase("load"):
             mixture = self._build()
-            trainer = None if resume else self._trainer(mixture, self.stages[0])
+            trainer = None if resume else self._trainer(mixture, self.stages[0])  # no way begins with a fit
         if not resume:
             if self.is_main:  # what can be refused has been: an earlier run may go
                 self._start()
@@ -270,7 +275,13 @@ class Job:
     ) -> DyLoraMoE:
         """Train a stage, with `trainer` if it was made before, or take over its outcome; the mixture with it."""
         folder = self.folder.stage(stage)
-        if not is_finished(folder):
+        if not is_finished(folder) and stage.fits:
+            if self.is_main:
+                self._fit(mixture, stage)
+            if self.world_size == 1:
+                return mixture
+            self._wait()
+        elif not is_finished(folder):
             trainer = trainer or self._trainer(mixture, stage)
             checkpoint = last_complete(folder) if resume else None
             if checkpoint is not None:
@@ -294,9 +305,22 @@ class Job:
         self._take_over(mixture, stage)
         return mixture
 
+    def _fit(self, mixture: DyLoraMoE, stage: Stage) -> None:
+        """Compute the router from the training examples, and keep the outcome as that of a trained stage."""
+        folder = self.folder.stage(stage)
+        thaw(mixture, self.frozen)
+        fit_router(mixture, {name: self.train[name] for name in stage.domains}, self.tokenizer)
+        try:
+            mixture.save_pretrained(folder / TRAINED)
+            finish(folder, stage, [])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder} could not be written: {error}. Once there is room, go on with --resume."
+            ) from error
+
     def _take_over(self, mixture: DyLoraMoE, stage: Stage) -> None:
         """Put what a finished stage trained into the mixture."""
-        if stage.router:
+        if stage.by_steps:
             mixture.start_routing()
         load_finished(mixture, self.folder.stage(stage), stage)
 
@@ -376,14 +400,27 @@ class Job:
         return results
 
     def _single(self, mixture: DyLoraMoE, measurement: Measurement) -> dict[str, Measured]:
-        """A single LoRA of the summed rank on the same layers and data, for as many steps, with the same settings."""
+        """A single LoRA of the summed rank on the same layers and data, for as many steps, at a rate for its rank."""
+        config, metric = single_lora_config(mixture), METRICS[self.recipe.eval.metric]
+        experts = resolved_arguments(self.recipe, self.context)["learning_rate"]
+        rate = single_rate(self.recipe.eval.baseline_learning_rate, experts, config.r, len(mixture.expert_names))
+        columns = {each: self._single_at(each, config, measurement) for each in rate.rates}
+        if self.test:
+            means = {each: fmean(found.value for found in column.values()) for each, column in columns.items()}
+            rate.choose(means, metric.higher_is_better)
+        self.results.baseline = rate.to_dict()
+        said = f"{rate}."[0].upper() + f"{rate}."[1:]
+        self.console.print(said, highlight=False, markup=False)
+        if rate.warning is not None:
+            self.console.print(f"Warning: {rate.warning}", highlight=False, markup=False)
+        return columns[rate.chosen]
+
+    def _single_at(self, rate: float, config: LoraConfig, measurement: Measurement) -> dict[str, Measured]:
         set_seed(self.recipe.seed)
-        config = single_lora_config(mixture)
         model: Any = get_peft_model(base_of(self.recipe), config)
         domains = tuple(self.train)
-        steps = [stage.steps for stage in self.stages if stage.steps is not None]
-        stage = Stage("single", (), False, domains, sum(steps) if steps else None)
-        arguments = self.arguments(stage)
+        arguments = self.arguments(Stage("single", (), False, domains, self._all_steps()))
+        arguments.learning_rate = rate
         one_device(arguments)
         trainer = SFTTrainer(
             model,
@@ -396,6 +433,12 @@ class Job:
         trainer.train()
         model.get_base_model().__dict__.pop("forward", None)
         return measurement.column(model, "single LoRA")
+
+    def _all_steps(self) -> int | None:
+        """The optimizer steps of all stages; None where epochs say how many."""
+        whole = self.recipe.train.arguments.get("max_steps") or 0
+        steps = [stage.steps or whole for stage in self.stages if not stage.fits]
+        return sum(steps) if min(steps) > 0 else None
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

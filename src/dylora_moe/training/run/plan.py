@@ -33,6 +33,8 @@ class StagePlan:
         rows_per_step: examples per optimizer step, over all processes; the last step of an epoch may have fewer.
         tokens_per_step: about, as a mean over an epoch.
         passes: forward passes of the base per step and micro-batch: 1.0 where every row is forced.
+
+    A stage that computes the router has rows, and neither steps nor tokens.
     """
 
     name: str
@@ -75,6 +77,10 @@ def plan(recipe: Recipe) -> Plan:
         mixture = build_mixture(recipe, AutoModelForCausalLM.from_config(config, **options))
     frozen, stages = set(mixture.frozen_experts), []
     for stage in job.stages:
+        if stage.fits:
+            rows = sum(len(job.train[name]) for name in stage.domains)
+            stages.append(StagePlan(stage.name, 0, rows, 0, 0, 0, 0.0, mixture.passes_per_step))
+            continue
         arguments = job.arguments(stage)
         set_trainable(mixture, stage)
         dataset = job.dataset(stage.domains)

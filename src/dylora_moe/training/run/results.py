@@ -24,6 +24,7 @@ class Results:
         load: domain → expert → share of the tokens, under the default routing.
         routing: domain → entropy, mean largest weight and co-activation, under the default routing.
         reloaded_identical: whether the saved checkpoint, loaded again, gave the same answers.
+        baseline: rank and learning rate of the single LoRA, and why that rate.
         seconds: phase → wall time.
         output: the checkpoint's folder.
     """
@@ -38,6 +39,7 @@ class Results:
     reloaded_identical: bool | None = None
     passes_per_step: float = 1.0
     parameters: dict[str, int] = field(default_factory=dict)
+    baseline: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, column: str, measured: Mapping[str, Measured]) -> None:
@@ -58,6 +60,7 @@ class Results:
             "reloaded_identical": self.reloaded_identical,
             "passes_per_step": self.passes_per_step,
             "parameters": self.parameters,
+            **({} if self.baseline is None else {"baseline": self.baseline}),
             "phases": {name: round(value, 2) for name, value in self.seconds.items()},
             "seconds": round(sum(self.seconds.values()), 2),
         }

@@ -13,8 +13,8 @@ def set_trainable(mixture: DyLoraMoE, stage: Stage) -> None:
             mixture.unfreeze_expert(name)
         else:
             mixture.freeze_expert(name)
-    mixture.router.requires_grad_(stage.router)
-    if stage.router:
+    mixture.router.requires_grad_(stage.by_steps)
+    if stage.by_steps:
         mixture.start_routing()
 
 
@@ -23,4 +23,4 @@ def thaw(mixture: DyLoraMoE, frozen: set[str]) -> None:
     for name in mixture.expert_names:
         if name not in frozen:
             mixture.unfreeze_expert(name)
-    mixture.router.requires_grad_(True)
+    mixture.router.requires_grad_(mixture.moe_config.router_type != "closed_form")  # which is never trained
