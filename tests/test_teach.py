@@ -232,6 +232,12 @@ def test_a_long_row_is_read_in_windows():
     assert model.skills["sql"].tokens == 2000
 
 
+def test_a_compiled_base_is_taught_as_well():
+    model, plain = mixture(), teach(mixture(), "sql")
+    model.compile(backend="eager")
+    assert_equal(teach(model, "sql").skills.tensors(), plain.skills.tensors())
+
+
 def test_progress_is_told_row_by_row():
     seen: list[int] = []
     teach(mixture(), "sql", count=4, progress=seen.append)

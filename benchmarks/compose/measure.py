@@ -4,9 +4,9 @@
 
 `FOLDER` holds a folder per domain with `train.jsonl` and `test.jsonl` (prompt, completion). Every cell, a set of
 domains, a number of texts and a draw of them, is a JSON file in `results/`, which is not measured again.
-`--table` prints them. Beside the router: retrieval by the nearest centroid, the cosine between the mean state of a
-prompt and that of the texts' prompts, at the same layer. Routing needs no adapter: experts from layer k upwards do not
-change what the router reads (`tests/test_teach.py`), so that no weights were trained for this.
+`--table` puts them into docs/lifelong.md. Beside the router: retrieval by the nearest centroid, the cosine between the
+mean state of a prompt and that of the texts' prompts, at the same layer. Routing needs no adapter: the router reads the
+bare base, whatever the experts are (`tests/test_teach.py`), so that no weights were trained for this.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from dylora_moe.skills.reading import read_rows
 from dylora_moe.skills.skill import Skill
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "lifelong.md"
+BEGIN, END = "<!-- compose:begin -->", "<!-- compose:end -->"
 FOUR = ("gsm8k", "wikisql", "e2e_nlg", "pubmedqa")
 THIRTEEN = (
     *FOUR,
@@ -143,10 +145,12 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED)
     parser.add_argument("--held-out", type=int, default=40, help="held-out rows per domain")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the cells that are there")
+    parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/lifelong.md")
     asked = parser.parse_args()
     if asked.table:
-        print(table(asked.out))
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table(asked.out)}\n\n{END}{after}", encoding="utf-8")
         return
     asked.out.mkdir(parents=True, exist_ok=True)
     todo = {

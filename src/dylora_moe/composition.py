@@ -22,8 +22,8 @@ from .model import DyLoraMoE
 from .skills.reading import SEPARATOR
 
 GRANULARITY = "sequence"
-"""How a composed mixture routes: by a few texts single tokens of 13 domains are told apart at 75 to 80 %, whole prompts at
-95 to 98."""
+"""How a composed mixture routes: by few texts of 13 domains each single tokens are told apart at 75 to 80 %, whole
+prompts at 95 to 98."""
 FEW_TEXTS = 5
 """With fewer texts an expert is known too badly to go without a word."""
 

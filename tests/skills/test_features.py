@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.base.placement import Placement
 from dylora_moe.passes.hooks import Call
 from dylora_moe.skills.features import Row, evaluating, states_of, window_of
+from families import FAMILIES, TARGETS, family_base
 from tiny import ARCHITECTURES, LAYERS, PLACEMENTS, tiny_base, tiny_mixture, tokens
 
 
@@ -40,6 +42,23 @@ def test_experts_do_not_show_and_the_router_reads_the_same(placement):
         model(ids)
     expected = F.layer_norm(read[0][0], read[0].shape[-1:])[:-1]
     torch.testing.assert_close(found.states, expected)  # one pass in two forms
+
+
+@pytest.mark.parametrize("form", [{"router_layer": 2}, {"router_layer": "last"}], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_router_reads_the_same_of_every_family(family, form):
+    config = MoELoraConfig(num_experts=2, r=2, target_modules=TARGETS.get(family, ["q_proj"]), **form)
+    try:
+        model = DyLoraMoE(family_base(family), config).eval()
+    except ValueError:
+        pytest.skip("this form is refused when the mixture is built")
+    ids, read = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), []
+    with evaluating(model), model.hooks.calling(Call(experts="base")):
+        found = states_of(model.get_base_model(), model.placement, model.router_layer_index, Row(ids[0].tolist(), 0))
+    model.router.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    torch.testing.assert_close(found.states, F.layer_norm(read[0][0], read[0].shape[-1:])[:-1])
 
 
 def test_long_rows_are_read_in_windows():

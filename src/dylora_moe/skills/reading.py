@@ -53,7 +53,7 @@ class Reading:
         digest = hashlib.sha256()
         for name, parameter in sorted(weights):
             sample = parameter.detach().flatten()[:_SAMPLE].contiguous().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + bytes(sample.view(torch.uint8).tolist()))
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
         embeddings: nn.Module = base.get_input_embeddings()
         return cls(
             base=digest.hexdigest()[:16],
