@@ -14,6 +14,7 @@ Shapes: E skills, R rows of one skill, r rank of what is taken back of a row, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -175,23 +176,16 @@ def _temperature(scores: list[Tensor]) -> float:
     Args:
         scores: per skill `[R, E]`, in the order of the columns.
     """
-    used = list(enumerate(scores))
-    if len(used) == 1:
+    if len(scores) == 1:
         return 1.0
-    total = sum(len(rows) for _, rows in used)
-    own = (total + 0.5) / (total + 1)
-
-    def slope(sharpness: float) -> float:
-        """d/dβ of the mean log-likelihood at β = 1 / temperature; it falls with β."""
-        sums = 0.0
-        for column, rows in used:
-            target = torch.full_like(rows[0], (1 - own) / (len(scores) - 1))
-            target[column] = own
-            sums += float((rows * (target - (rows * sharpness).softmax(-1))).sum(-1).mean())
-        return sums
-
-    low, high = -7.0, 7.0  # of log β
+    rows, sizes = torch.cat(scores), torch.tensor([len(one) for one in scores])
+    column = torch.arange(len(scores)).repeat_interleave(sizes)[:, None]
+    own = (len(rows) + 0.5) / (len(rows) + 1)
+    target = torch.full_like(rows, (1 - own) / (len(scores) - 1)).scatter(1, column, own)
+    weighted = rows / sizes[column]
+    low, high = -7.0, 7.0  # of log β for β = 1 / temperature; the likelihood's slope falls with β
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(float(torch.tensor(middle).exp())) > 0 else (low, middle)
-    return float(torch.tensor(-(low + high) / 2).exp())
+        slope = (weighted * (target - (rows * math.exp(middle)).softmax(-1))).sum()
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
