@@ -259,6 +259,25 @@ def test_the_base_route_is_refused():
         MoELoraConfig(router_type="closed_form", route_to_base=True)
 
 
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("place", PLACES)
+def test_decoding_with_a_cache_and_in_a_padded_batch_is_the_plain_forward(place, granularity):
+    model = teach(mixture(granularity=granularity, **PLACES[place]))
+    one, two = prompts("sql")[0], prompts("chat")[1]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    alone = [model.generate(ids, **options) for ids in (one, two)]
+    plain = [model.generate(ids, use_cache=False, **options) for ids in (one, two)]
+    length = max(one.shape[1], two.shape[1])
+    padded = torch.cat([torch.nn.functional.pad(ids, (length - ids.shape[1], 0)) for ids in (one, two)])
+    mask = torch.stack([torch.arange(length) >= length - ids.shape[1] for ids in (one, two)]).long()
+    together = model.generate(padded, attention_mask=mask, **options)
+    for row, (cached, uncached) in enumerate(zip(alone, plain, strict=True)):
+        found = torch.stack(cached.logits)[:, 0]
+        # float32: a cache and padding add up in another order
+        assert difference(found, torch.stack(uncached.logits)[:, 0]) <= 1e-4
+        assert difference(torch.stack(together.logits)[:, row], found) <= 1e-4
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 
