@@ -1,4 +1,4 @@
-"""The command line: `dylora-moe train | generate | inspect | report | bench | recipe`."""
+"""The command line: `dylora-moe train | compose | generate | inspect | report | bench | recipe`."""
 
 from __future__ import annotations
 
@@ -138,6 +138,62 @@ def _write_report(folder: Path) -> None:
         console.print(
             f"No report: {error} Then: {_command('report', str(folder))}", markup=False, highlight=False, soft_wrap=True
         )
+
+
+@app.command()
+def compose(
+    output: Annotated[Path, typer.Argument(help="Folder of the mixture to be.")],
+    experts: Annotated[
+        list[str],
+        typer.Option(
+            "--expert",
+            metavar="NAME=ADAPTER:TEXTS",
+            help="A LoRA adapter (folder or hub id) and a file with five to twenty texts of its kind; once per expert.",
+        ),
+    ],
+    base: Annotated[str | None, typer.Option(help="The base, if the adapters name none or it has moved.")] = None,
+    separator: Annotated[
+        str, typer.Option(help="What stands between prompt and completion, as the adapters were trained.")
+    ] = "\n",
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Prompts go through the base's chat template.")
+    ] = None,
+    router_layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer whose input the router reads; default a quarter of the way up.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make a routed mixture of adapters that exist already, without any training.
+
+    Five to twenty texts of the kind that an adapter is for tell the router when to choose it: rows with prompt and
+    completion, messages, or text, in one of the formats of docs/data.md. They are not stored.
+
+    Example: [bold]dylora-moe compose runs/mine --expert sql=adapters/sql:sql.jsonl --expert law=me/law:law.jsonl[/]
+    """
+    import time
+
+    from .composition import Ingredient, read_texts
+    from .composition import compose as make
+
+    started = time.perf_counter()
+    ingredients = [Ingredient.parse(text) for text in experts]
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")  # as a shell passes them
+    texts = read_texts(ingredients, separator)
+    with console.status("Loading the base and the adapters") as status:
+
+        def told(name: str, count: int) -> None:
+            status.update(f"Reading the texts of {name}: {count} of {len(texts[name])}")
+
+        mixture = make(output, ingredients, texts, base, separator, chat, router_layer, told)
+    from .report.terminal import confusion_table
+
+    console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
+    passes = f"{mixture.passes_per_step:.2f} passes of the base per step, {mixture.moe_config.granularity} granularity"
+    console.print(f"Checkpoint: [bold]{output}[/] ({passes}; {time.perf_counter() - started:.0f} s)", highlight=False)
+    console.print("Next:", highlight=False)
+    prompt = texts[ingredients[0].name][0].question
+    words = _command("generate", "--show-routing", "--", str(output), prompt)
+    console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

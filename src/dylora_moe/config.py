@@ -47,7 +47,8 @@ class MoELoraConfig(LoraConfig):
         expert_names: their names, in the order of the columns of `routing_weights`; default `expert_0`, ….
         router_layer: decoder layer whose *input* the router reads, 0 … L-1, or `"last"` for the base's final
             hidden state (two passes). Default: L // 4.
-        router_type: `"mlp"` (two bias-free layers with SiLU) or `"linear"` (one).
+        router_type: `"mlp"` (two bias-free layers with SiLU), `"linear"` (one), or `"closed_form"`, which is computed
+            from what `model.teach` was given and never trained.
         router_hidden_size: width of the hidden layer of the `"mlp"` router.
         route_to_base: give the router one more output whose share of the weight goes to no expert
             (SLIM, arXiv 2410.07739).
@@ -157,6 +158,11 @@ class MoELoraConfig(LoraConfig):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r}: True or False is needed.")
         _check_choice("router_type", self.router_type, ROUTERS)
+        if self.route_to_base and ROUTERS[self.router_type].computed:
+            raise ValueError(
+                f"route_to_base=True with router_type={self.router_type!r}: it has no row for the base, as nothing was "
+                "taught of what no expert fits; leave route_to_base out, or train a router (mlp, linear)."
+            )
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("balance_loss", self.balance_loss, (*BALANCE_LOSSES, "none"))

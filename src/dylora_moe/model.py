@@ -12,8 +12,10 @@ import copy
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,10 +23,17 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import check_are_tensors, check_experts, check_weights, exits_early, input_shape
-from .base.loading import accept_in_pipelines, check_bare, load_base, strip_adapters, without_notes_for_peft
+from .base.loading import (
+    accept_in_pipelines,
+    check_bare,
+    load_base,
+    load_tokenizer,
+    strip_adapters,
+    without_notes_for_peft,
+)
 from .base.placement import Placement
 from .callers import (
     REFERENCE,
@@ -48,6 +57,7 @@ from .checkpoint.mixture import (
     check_gathered,
     moved_base,
     read_description,
+    read_library,
     read_mixture,
     read_router,
     write_mixture,
@@ -62,6 +72,7 @@ from .checkpoint.vocabulary import (
     whole_embeddings,
 )
 from .config import MoELoraConfig, check_expert_name, check_mixable
+from .data.examples import Example
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
 from .experts.export import fixed_mixture, stock_config
 from .experts.tensors import ExpertTensor
@@ -79,9 +90,13 @@ from .routing.granularity import GRANULARITIES
 from .routing.losses import Mean, masked_mean, router_losses
 from .routing.policies import Policy
 from .routing.records import RouterRecord
-from .routing.router import Router
+from .routing.router import CALIBRATIONS, Router
 from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, shard_like, whole
+from .skills.features import Row, evaluating, states_of, window_of
+from .skills.library import SkillLibrary
+from .skills.reading import SEPARATOR, Reading, digest_of, read_rows
+from .skills.skill import Skill, Teaching
 
 logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -118,6 +133,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         base_name: what the base is called in checkpoints, or None.
         chat: whether prompts go through the base's chat template, as its training did; None if nobody said. It is for
             those who make prompts, and saved with the mixture.
+        skills: the library of what was taught; `teach`, `forget` and `merge_skills` replace it as a whole.
+        folder: the checkpoint it was loaded from, or None.
         named_rows: rows of the embeddings of the base that this name stands for, if that is known.
     """
 
@@ -169,6 +186,8 @@ class DyLoraMoE(PeftModelForCausalLM):
         accept_in_pipelines(type(self))
         self.base_name = base_name or getattr(base, "name_or_path", "") or None
         self.chat: bool | None = None
+        self.folder: Path | None = None
+        self.skills = SkillLibrary()
         self.named_rows = rows_by_name(base, self.base_name)
         self.router = Router(
             base.config.get_text_config().hidden_size,
@@ -176,6 +195,8 @@ class DyLoraMoE(PeftModelForCausalLM):
             config.router_type,
             config.router_hidden_size,
         ).to(next(placement.layers(base)[min(first, placement.num_layers - 1)].parameters()).device)
+        if self.router.computed:
+            self.experts.states = dict.fromkeys(names, NEW)
         base.config.keys_to_ignore_at_inference = ignored_at_inference(base.config, OWN_FIELDS)
         parts = (placement, first, config, self.router, self.experts, self.holder)
         self.hooks = PassHooks(self, base, *parts)
@@ -299,7 +320,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
-        mixture.chat = known.chat
+        mixture.chat, mixture.folder = known.chat, folder
         mixture._take_over(state, trainable)
         return mixture.eval()
 
@@ -311,10 +332,11 @@ class DyLoraMoE(PeftModelForCausalLM):
         for key, parameter in self.router.named_parameters():
             parameter.data = state.router[key].to(parameter.device)
         self.experts.states.update(state.description.states)
+        self.skills = state.skills
         for name in state.experts:
             if name in state.description.frozen or not trainable:
                 self.freeze_expert(name)
-        self.router.requires_grad_(trainable)
+        self.router.requires_grad_(trainable and not self.router.computed)
 
     def restore(self, directory: str | Path) -> None:
         """Take over a checkpoint of this same mixture: experts and router, their states, and which are frozen.
@@ -335,6 +357,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             )
         adapters = {name: self._read_again(folder / name, name) for name in self.expert_names}
         router = read_router(folder / ROUTER_FILE, self.router)
+        skills = read_library(folder, known, self.router.sizes[0])
         reshard(self)
         for name, adapter in adapters.items():
             self.experts.load(name, adapter.tensors)
@@ -342,6 +365,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             for key, parameter in self.router.named_parameters():
                 parameter.copy_(shard_like(router[key], parameter))
         self.experts.states.update(known.states)
+        self.skills = skills
         for name in self.expert_names:
             if (name in known.frozen) != (name in self.experts.frozen):
                 self.set_requires_grad(name, name not in known.frozen)
@@ -409,7 +433,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     @property
     def expert_states(self) -> dict[str, str]:
-        """Name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing`."""
+        """Name → `"routed"`, or `"new"` for an expert whose logit is masked until `start_routing` (or `teach`)."""
         return self.experts.states
 
     @property
@@ -682,7 +706,8 @@ class DyLoraMoE(PeftModelForCausalLM):
     def add_expert(
         self, name: str, source: LoraConfig | str | Path | None = None, trainable: bool | None = None
     ) -> None:
-        """Add an expert; its logit is masked until `start_routing`, its forced output works at once.
+        """Add an expert; its logit is masked until `start_routing` (in closed form until `teach`), its forced output
+        works at once.
 
         An optimizer made before knows neither the expert's tensors nor the router's new shape: make a new one.
 
@@ -736,7 +761,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     @in_turn
     def remove_expert(self, name: str) -> None:
-        """Remove an expert and its row of the router.
+        """Remove an expert, its row of the router and its skill; the other rows stay as they are (see `forget`).
 
         Raises:
             ValueError: an unknown name, the last expert, one without which no routed expert is left, or one that is
@@ -748,6 +773,10 @@ class DyLoraMoE(PeftModelForCausalLM):
     def _drop(self, name: str) -> None:
         if name in self.experts.states and self.router.num_outputs == len(self.output_names):
             self.router.shrink(self.expert_names.index(name))
+        if name in self.skills:
+            skills = self.skills.copy()
+            skills.forget(name, exact=False)
+            self.skills = skills
         self.peft_config.pop(name, None)
         self.experts.drop(name, self.get_base_model())
         self.moe_config.set_experts(self.expert_names)
@@ -761,6 +790,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.experts.rename(old, new)
         self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
         self.hooks.rename(old, new)
+        if old in self.skills:
+            skills = self.skills.copy()
+            skills.rename(old, new)
+            self.skills = skills
         self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
@@ -780,7 +813,13 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     @in_turn
     def start_routing(self, *names: str) -> None:
-        """Unmask the logits of new experts (default: all), so that the router can learn to choose them."""
+        """Unmask the logits of new experts (default: all), so that the router can learn to choose them.
+
+        Raises:
+            ValueError: an unknown name, or a router in closed form, which knows an expert by what it was taught.
+        """
+        if self.router.computed:
+            raise ValueError("a closed-form router has a row for what it was taught; call teach(name, rows).")
         for name in names or self.expert_names:
             self.experts.check_known(name)
             self.experts.states[name] = ROUTED
@@ -789,6 +828,124 @@ class DyLoraMoE(PeftModelForCausalLM):
     def load_expert(self, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
         """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype."""
         self.experts.load(name, tensors, keep_dtype)
+
+    # ------------------------------------------------------------------ skills
+
+    @in_turn
+    def teach(
+        self,
+        name: str,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        source: str = "",
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Add some texts to what an expert is for, and compute the router anew if it is one in closed form.
+
+        Nothing is trained and no text is kept: each row goes through the layers below the router by itself, and its
+        states are added to the skill's sums. The order of skills and rows makes no difference.
+
+        Args:
+            name: of the expert.
+            rows: texts, or mappings with `prompt` and `completion`. With `model.chat` prompts go through the base's
+                chat template.
+            tokenizer: of the base; default the one in the checkpoint's folder, else the base's.
+            separator: what stands between prompt and completion where no chat template is used, as the experts were
+                trained; default that of the rows taught before, else a new line.
+            source: what to note of where the rows are from, such as a file's hash.
+            progress: called after each row with how many are done.
+
+        Raises:
+            ValueError: an unknown expert, no rows or unusable ones, no tokenizer, texts read otherwise than those
+                before, or a skill that was compacted. Nothing is changed.
+        """
+        self.experts.check_known(name)
+        tokenizer = self._tokenizer() if tokenizer is None else tokenizer
+        if separator is None:
+            separator = SEPARATOR if self.skills.reading is None else self.skills.reading.separator
+        base = cast(PreTrainedModel, self.get_base_model())
+        reading = Reading.of(base, self.router_layer_index, tokenizer, separator, bool(self.chat))
+        library = self.skills.copy()
+        library.check_can_add(name, reading)
+        read = read_rows(rows, tokenizer, separator, bool(self.chat))
+        skill = self._skill_of(read, progress)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        taught = Teaching(now, source, digest_of(read), skill.rows, skill.tokens)
+        library.add(name, replace(skill, taught=(taught,)), reading)
+        self._put_skills(library)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return load_tokenizer(self.folder, self.base_name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer to read the rows with: neither the checkpoint's folder ({self.folder}) nor the base "
+                f"({self.base_name}) has one ({error}); pass tokenizer=..."
+            ) from error
+
+    def _skill_of(self, rows: Sequence[Row], progress: Callable[[int], None] | None) -> Skill:
+        """What the bare base makes of some rows, each by itself."""
+        base = cast(PreTrainedModel, self.get_base_model())
+        where, window = (base, self.placement, self.router_layer_index), window_of(base)
+
+        def states() -> Iterator[Any]:
+            for number, row in enumerate(rows, start=1):
+                yield states_of(*where, row, window)
+                if progress is not None:
+                    progress(number)
+
+        with evaluating(self), self.hooks.calling(Call(experts="base")):
+            return Skill.of(states(), self.router.sizes[0])
+
+    @in_turn
+    def forget(self, name: str, exact: bool = True) -> None:
+        """Remove an expert and its skill, and leave the others as if it had never been there.
+
+        Args:
+            name: of the expert.
+            exact: False also forgets a skill of a compact library, whose share in the pooled scatter then stays.
+
+        Raises:
+            ValueError: as `remove_expert`, or a skill that cannot be taken out exactly. Nothing is changed.
+        """
+        self.experts.rest_without(name)
+        library = self.skills.copy()
+        if name in library:
+            library.forget(name, exact)
+        self._drop(name)
+        self._put_skills(library)
+
+    @in_turn
+    def merge_skills(self, library: SkillLibrary) -> None:
+        """Add another library's skills, each of which is one of this mixture's experts, and compute the router anew.
+
+        Raises:
+            ValueError: a skill that is no expert, or texts that were read otherwise. Nothing is changed.
+        """
+        for name in library:
+            self.experts.check_known(name)
+        merged = self.skills.copy()
+        merged.merge(library)
+        self._put_skills(merged)
+
+    def _put_skills(self, library: SkillLibrary) -> None:
+        """Take over a library; a router that is computed follows it."""
+        if self.router.computed and library:
+            fit = library.fit()
+            rows = [fit.names.index(name) if name in library else None for name in self.expert_names]
+            computed = {"weight": fit.weight, "bias": fit.bias}
+            for key, values in computed.items():
+                computed[key] = torch.stack(
+                    [torch.zeros_like(values[0]) if row is None else values[row] for row in rows]
+                )
+            computed["temperature"] = torch.tensor([fit.temperatures[kind] for kind in CALIBRATIONS])
+            for key, parameter in self.router.named_parameters():
+                parameter.data.copy_(computed[key])
+        if self.router.computed:
+            for name in self.expert_names:
+                self.experts.states[name] = ROUTED if name in library else NEW
+        self.skills = library
 
     # ------------------------------------------------------------------ saving and exporting
 
@@ -810,9 +967,11 @@ class DyLoraMoE(PeftModelForCausalLM):
             router = {key: gathered[f"router.{key}"] for key in router}
         revision = getattr(self.config, "_commit_hash", None)
         states, frozen = dict(self.expert_states), self.frozen_experts
-        known = Description(self.moe_config, states, frozen, self.base_name, revision, self.vocabulary, self.chat)
+        known = Description(
+            self.moe_config, states, frozen, self.base_name, revision, self.vocabulary, self.chat, bool(self.skills)
+        )
         own = {key.removeprefix(_ROWS): value for key, value in (gathered or {}).items() if key.startswith(_ROWS)}
-        return MixtureState(known, adapters, router, own or self._added_rows())
+        return MixtureState(known, adapters, router, own or self._added_rows(), self.skills)
 
     def _added_rows(self) -> dict[str, Tensor]:
         return added_rows(cast(PreTrainedModel, self.get_base_model()), self.vocabulary.added)
@@ -1023,7 +1182,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name == WHOLE:
                 self.set_requires_grad(self.expert_names, requires_grad)
-                self.router.requires_grad_(requires_grad)
+                self.router.requires_grad_(requires_grad and not self.router.computed)
             elif requires_grad:
                 self.unfreeze_expert(name)
             else:

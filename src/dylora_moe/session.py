@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .base.embedded import resolve_base
+from .base.loading import load_tokenizer
 from .checkpoint.files import CheckpointError
 from .data.examples import Example, encode_prompt
 from .model import DyLoraMoE
@@ -56,9 +56,7 @@ class Session:
 
     def __init__(self, directory: str | Path, base: str | None = None):
         self.model = DyLoraMoE.from_pretrained(str(directory), base=base)
-        own = (Path(directory) / "tokenizer_config.json").is_file()
-        source = directory if own else resolve_base(base or self.model.base_name or "")
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer: Any = load_tokenizer(directory, base or self.model.base_name)
         self.chat = _chat_in_recipe(Path(directory)) if self.model.chat is None else self.model.chat
 
     def set_top_k(self, k: int) -> None:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tinybase
 from dylora_moe import CheckpointError, DyLoraMoE
 from dylora_moe.checkpoint import files
 from stock import assert_same_tensors, logits
 from tiny import tiny_base, tiny_mixture, tokens
+from topics import mixture, teach
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -103,3 +105,11 @@ def test_hub_without_an_adapter(hub):
     (hub.root / "somebody" / "model").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
         tiny_mixture().add_expert("guest", "somebody/model")
+
+
+def test_skills_travel_with_the_mixture(hub):
+    model = teach(mixture(), "sql")
+    model.push_to_hub("me/taught")
+    assert {"skills.json", "skills.safetensors"} <= set(uploaded(hub, "me/taught"))
+    loaded = DyLoraMoE.from_pretrained("me/taught", base=tinybase.tiny_base())
+    assert_same_tensors(loaded.skills.tensors(), model.skills.tensors())

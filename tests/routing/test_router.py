@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylora_moe import Router
+from dylora_moe.routing.granularity import GRANULARITIES
+from dylora_moe.routing.router import CALIBRATIONS
 from tiny import tiny_mixture, tokens
 
 
@@ -120,3 +122,42 @@ def test_growing_and_shrinking_keep_dtype_and_requires_grad(requires_grad):
         assert isinstance(router.up, torch.nn.Parameter)
         assert router.up.dtype == torch.bfloat16
         assert router.up.requires_grad is requires_grad
+
+
+def test_a_computed_router_is_frozen_and_starts_with_nothing():
+    router = Router(16, 3, "closed_form")
+    shapes = {name: tuple(p.shape) for name, p in router.named_parameters()}
+    assert shapes == {"weight": (3, 16), "bias": (3,), "temperature": (len(CALIBRATIONS),)}
+    assert not any(p.requires_grad for p in router.parameters())
+    assert router.computed
+    assert router(torch.randn(2, 16)).abs().max() == 0
+
+
+def test_a_computed_router_scores_linearly_and_grows_by_an_empty_row():
+    router = Router(16, 3, "closed_form")
+    router.weight.data.normal_()
+    router.bias.data.normal_()
+    hidden = torch.randn(2, 5, 16)
+    before = router(hidden)
+    expected = score_loop(hidden, router.weight) + router.bias
+    torch.testing.assert_close(before.double(), expected.double(), rtol=1e-4, atol=1e-5)  # float32 against float64
+    router.grow(1)
+    torch.testing.assert_close(router(hidden)[..., [0, 2, 3]], before)  # a product of another size may round otherwise
+    assert router(hidden)[..., 1].abs().max() == 0
+    router.shrink(0)
+    torch.testing.assert_close(router(hidden)[..., [1, 2]], before[..., 1:])
+    assert not any(p.requires_grad for p in router.parameters())
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_each_granularity_has_its_own_temperature(name):
+    router, granularity = Router(16, 3, "closed_form"), GRANULARITIES[name]
+    router.weight.data.normal_()
+    router.temperature.data.copy_(torch.tensor([2.0, 5.0]))
+    hidden, deciding = torch.randn(2, 5, 16), torch.rand(2, 5) < 0.7
+    plain = granularity.aggregate(router(hidden), deciding)
+    expected = plain / {"token": 2.0, "sequence": 5.0}[name]
+    assert torch.equal(router.scores(hidden, granularity, deciding), expected)
+    trained = Router(16, 3)
+    plain = granularity.aggregate(trained(hidden), deciding)
+    assert torch.equal(trained.scores(hidden, granularity, deciding), plain)

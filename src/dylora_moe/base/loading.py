@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .embedded import resolve_base
 
@@ -32,6 +32,20 @@ def load_base(
             f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
         )
     return base, None
+
+
+def load_tokenizer(folder: str | Path | None, base_name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a checkpoint's folder, else the base's.
+
+    Args:
+        folder: of the checkpoint, if there is one.
+        base_name: of the base: its name or folder, if it is known.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded.
+    """
+    own = folder is not None and (Path(folder) / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(str(folder) if own else resolve_base(base_name or ""))
 
 
 @contextmanager

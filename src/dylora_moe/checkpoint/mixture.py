@@ -4,10 +4,12 @@ dir/moe_config.json                    mixture configuration, expert order and s
 dir/router.safetensors                 router tensors
 dir/<expert>/adapter_config.json       stock PEFT
 dir/<expert>/adapter_model.safetensors
+dir/skills.safetensors, skills.json    the library of skills, if anything was taught
 dir/vocabulary.safetensors             rows that the base's embeddings and head gained since it was loaded, if any
 dir/README.md                          model card
 
-`format_version` is 1 where an older version of this package reads the checkpoint rightly, 2 where the base is resized.
+`format_version` is 1 where an older version of this package reads the checkpoint rightly, 2 where the base is resized,
+a skill was taught or the router is computed from skills.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from transformers import PreTrainedModel
 from dylora_moe.base.placement import Placement
 from dylora_moe.config import MoELoraConfig, check_expert_name
 from dylora_moe.experts.expert_set import NEW, ROUTED
-from dylora_moe.routing.router import Router
+from dylora_moe.routing.router import ROUTERS, Router
+from dylora_moe.skills.library import SkillLibrary
 from dylora_moe.version import __version__
 
 from .adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, write_adapter_files
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 from .settings import UNFIT, check_kinds, shown
+from .skills import SKILL_FILES, read_skills, write_skills
 from .vocabulary import Vocabulary, row_shapes, rows_of
 
 FORMAT_VERSION = 2
@@ -53,8 +57,9 @@ class Description(NamedTuple):
         states: expert → `"routed"` or `"new"`, in order.
         frozen: experts that do not train.
         base_name, base_revision: of the base, if they were known.
-        chat: whether prompts go through the base's chat template; None if nobody said.
         vocabulary: rows of its embeddings.
+        chat: whether prompts go through the base's chat template; None if nobody said.
+        skills: whether there is a library of skills.
     """
 
     config: MoELoraConfig
@@ -64,6 +69,7 @@ class Description(NamedTuple):
     base_revision: str | None
     vocabulary: Vocabulary = Vocabulary()
     chat: bool | None = None
+    skills: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,14 @@ class MixtureState:
         experts: name → stock configuration and tensors by stock key, in order.
         router: tensors by name.
         added_rows: what the base's embeddings and head gained since it was loaded by its name.
+        skills: what it was taught.
     """
 
     description: Description
     experts: dict[str, Adapter]
     router: dict[str, Tensor]
     added_rows: dict[str, Tensor] = field(default_factory=dict)
+    skills: SkillLibrary = field(default_factory=SkillLibrary)
 
 
 def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: bool = False) -> None:
@@ -98,6 +106,7 @@ def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: 
         ROUTER_FILE,
         VOCABULARY_FILE,
         CARD_FILE,
+        *SKILL_FILES,
         *saved_experts(directory),
         *((ADAPTER_TENSORS,) if for_trainer else ()),
     }
@@ -109,6 +118,8 @@ def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: 
         save_file(_plain(state.router), folder / ROUTER_FILE)
         if state.added_rows:
             save_file(_plain(state.added_rows), folder / VOCABULARY_FILE)
+        if state.skills:
+            write_skills(folder, state.skills)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         text = json.dumps(_fields(state.description), indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -149,7 +160,17 @@ def read_mixture(folder: Path, description: Description, base: PreTrainedModel) 
         raise CheckpointError(f"{folder / CONFIG_FILE}: does not fit {type(base).__name__}: {error}") from error
     added_rows = read_vocabulary(folder, description, base)
     experts = {name: read_adapter(folder / name, base, name) for name in description.states}
-    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows)
+    skills = read_library(folder, description, width)
+    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows, skills)
+
+
+def read_library(folder: Path, description: Description, width: int) -> SkillLibrary:
+    """The skills of a checkpoint, empty if it has none, checked against its experts and the base's width D.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another mixture.
+    """
+    return read_skills(folder, list(description.states), width) if description.skills else SkillLibrary()
 
 
 def read_vocabulary(folder: Path, description: Description, base: PreTrainedModel) -> dict[str, Tensor]:
@@ -211,12 +232,12 @@ def _fields(description: Description) -> dict[str, Any]:
     lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}
     kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
     kept = {key: value for key, value in kept.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
-    vocabulary = description.vocabulary
+    vocabulary, computed = description.vocabulary, ROUTERS[description.config.router_type].computed
     rows = {"vocabulary_rows": vocabulary.rows, "base_vocabulary_rows": vocabulary.named_rows}
     if not vocabulary.resized:
         del rows["base_vocabulary_rows"]
     return {
-        "format_version": 2 if vocabulary.resized else 1,
+        "format_version": 2 if vocabulary.resized or description.skills or computed else 1,
         **rows,
         "dylora_moe_version": __version__,
         "base_model_name_or_path": description.base_name,
@@ -227,6 +248,7 @@ def _fields(description: Description) -> dict[str, Any]:
         ],
         "config": kept,
         **({} if description.chat is None else {"chat": description.chat}),
+        **({"skills": True} if description.skills else {}),
     }
 
 
@@ -247,7 +269,7 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
         raise CheckpointError(f"{file} does not describe a mixture: config: {error}.") from error
     if list(states) != config.expert_names or any(state not in (NEW, ROUTED) for state in states.values()):
         raise CheckpointError(f"{file}: experts {states} do not agree with expert_names {config.expert_names}.")
-    if ROUTED not in states.values():
+    if ROUTED not in states.values() and not ROUTERS[config.router_type].computed:
         raise CheckpointError(f"{file}: no expert is {ROUTED!r}, so no token could be routed: {states}.")
     for key in ("base_model_name_or_path", "base_revision"):
         if not isinstance(fields.get(key), str | None):
@@ -261,7 +283,10 @@ def _parse(fields: dict[str, Any], file: Path) -> Description:
     chat = fields.get("chat")
     if chat is not None and not isinstance(chat, bool):
         raise CheckpointError(f"{file}: chat is {shown(chat)}; expected true or false.")
-    return Description(config, states, frozen, base or None, revision or None, vocabulary, chat)
+    skills = fields.get("skills", False)
+    if not isinstance(skills, bool):
+        raise CheckpointError(f"{file}: skills is {shown(skills)}; expected true or false.")
+    return Description(config, states, frozen, base or None, revision or None, vocabulary, chat, skills)
 
 
 def _parse_experts(entries: Any, file: Path) -> tuple[dict[str, str], set[str]]:

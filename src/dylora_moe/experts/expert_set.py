@@ -136,7 +136,7 @@ class ExpertSet:
         if ROUTED not in rest.values():
             raise ValueError(
                 f"without {name!r} only experts that are not routed yet are left ({', '.join(rest)}); "
-                "call start_routing() for one of them first."
+                "call start_routing() for one of them first, or teach it with a closed-form router."
             )
         return rest
 

@@ -278,13 +278,16 @@ class PassHooks:
         first = next(self.router.parameters())
         if not is_sharded(first):  # else FSDP places it; a base over several devices moves the layer's input after us
             hidden = hidden.to(first.device)
-        scores = self.router(hidden)
         if rows.forced:  # where processes share parameters in shards, all must touch the router and every expert
+            scores = self.router(hidden)
             return Decision(rows, self._one_hot(rows).to(scores.device) + scores.sum() * 0)
+        if len(self.experts.masked) == self.router.num_outputs:
+            how = "model.teach(name, rows)" if self.router.computed else "model.start_routing()"
+            raise ValueError(f"no expert is routed yet: call {how}, or force one with experts=...")
         granularity, deciding = GRANULARITIES[self.config.granularity], None
         if granularity.per_sequence:
-            deciding = call.prompt_tokens(rows, scores.device)
-        scores = granularity.aggregate(scores, deciding)
+            deciding = call.prompt_tokens(rows, hidden.device)
+        scores = self.router.scores(hidden, granularity, deciding)
         if granularity.per_sequence:
             call.held = scores
         if self.records is not None and self.mixture.training:

@@ -98,6 +98,25 @@ def routing_table(trace: RoutingTrace) -> Table:
     return table
 
 
+def confusion_table(counts: Mapping[str, Mapping[str, int]], names: Sequence[str]) -> Table:
+    """Where the texts of each expert go, each by a router that has not seen it.
+
+    Args:
+        counts: expert → expert → how many texts.
+        names: the experts, in order.
+    """
+    table = Table(title="Where each text goes if it is left out")
+    table.add_column("texts of")
+    for i, name in enumerate(names):
+        table.add_column(Text(name, style=colour_of(i)), justify="right")
+    table.add_column("right", justify="right")
+    for name in names:
+        row = counts[name]
+        cells = [str(row.get(other, 0) or "·") for other in names]
+        table.add_row(name, *cells, f"{row.get(name, 0) / max(sum(row.values()), 1):.0%}")
+    return table
+
+
 def gradient_table(report: Mapping[str, GradientStats]) -> Table:
     """Gradients per expert, router and frozen."""
     table = Table(title="Gradients of the language-model loss on this text (absolute values)")

@@ -19,10 +19,12 @@ class Granularity(NamedTuple):
         aggregate: `(scores [B, S, n], deciding)` → the scores that decide, `[B, S or 1, n]`.
         per_sequence: the prompt decides for the whole sequence: `deciding [B, S]` bool are the tokens that do, their
             outcome is held for the rest of a generation, and no later pass scores.
+        calibration: which of `router.CALIBRATIONS` such scores are.
     """
 
     aggregate: Callable[[Tensor, Tensor | None], Tensor]
     per_sequence: bool = False
+    calibration: str = "token"
 
 
 def every_token(scores: Tensor, deciding: Tensor | None) -> Tensor:
@@ -39,5 +41,5 @@ def mean_of_prompt(scores: Tensor, deciding: Tensor | None) -> Tensor:
 
 GRANULARITIES: dict[str, Granularity] = {
     "token": Granularity(every_token),
-    "sequence": Granularity(mean_of_prompt, per_sequence=True),
+    "sequence": Granularity(mean_of_prompt, per_sequence=True, calibration="sequence"),
 }

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .granularity import Granularity
+from .router import Router
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class RouterRecord:
     mask: Tensor | None
     granularity: Granularity
 
-    def score(self, router: nn.Module) -> Tensor:
+    def score(self, router: Router) -> Tensor:
         """Router scores `[tokens, n]` of the tokens that count."""
-        scores = self.granularity.aggregate(router(self.hidden), self.deciding)
+        scores = router.scores(self.hidden, self.granularity, self.deciding)
         scores = scores.expand(-1, self.hidden.shape[1], -1)
         return scores.flatten(0, 1) if self.mask is None else scores[self.mask]

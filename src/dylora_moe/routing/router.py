@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .granularity import Granularity
+
+CALIBRATIONS = ("token", "sequence")
+"""What a computed router has a temperature for: scores of single tokens, and means over many."""
+
 
 class RouterType(NamedTuple):
     """One way to score.
@@ -22,11 +27,13 @@ class RouterType(NamedTuple):
         parameters: `(D, E, H_r)` → the fresh parameters by name.
         score: `(router, state)` → float32 `[..., E]` of the layer-normalised float32 `state [..., D]`.
         rows: the parameters with one row per output, which grow and shrink with the experts.
+        computed: they are computed from what the experts were taught, not trained; an expert without has no row yet.
     """
 
     parameters: Callable[[int, int, int], dict[str, Tensor]]
     score: Callable[[Any, Tensor], Tensor]
     rows: tuple[str, ...] = ("up",)
+    computed: bool = False
 
 
 def _score_mlp(router: Any, state: Tensor) -> Tensor:
@@ -37,6 +44,14 @@ def _score_linear(router: Any, state: Tensor) -> Tensor:
     return F.linear(state, router.up.float())
 
 
+def _score_closed_form(router: Any, state: Tensor) -> Tensor:
+    return F.linear(state, router.weight.float(), router.bias.float())
+
+
+def _closed_form(D: int, E: int, H: int) -> dict[str, Tensor]:
+    return {"weight": torch.zeros(E, D), "bias": torch.zeros(E), "temperature": torch.ones(len(CALIBRATIONS))}
+
+
 def _fresh_rows(rows: int, width: int) -> Tensor:
     """The default initialisation of a bias-free `nn.Linear`."""
     return nn.init.kaiming_uniform_(torch.empty(rows, width), a=math.sqrt(5))
@@ -45,14 +60,22 @@ def _fresh_rows(rows: int, width: int) -> Tensor:
 ROUTERS: dict[str, RouterType] = {
     "mlp": RouterType(lambda D, E, H: {"down": _fresh_rows(H, D), "up": _fresh_rows(E, H)}, _score_mlp),
     "linear": RouterType(lambda D, E, H: {"up": _fresh_rows(E, D)}, _score_linear),
+    "closed_form": RouterType(_closed_form, _score_closed_form, ("weight", "bias"), computed=True),
 }
+
+
+def normalised(hidden: Tensor) -> Tensor:
+    """What a router scores: `hidden [..., D]` in float32, layer-normalised without parameters."""
+    return F.layer_norm(hidden.float(), hidden.shape[-1:])
 
 
 class Router(nn.Module):
     """Scores `hidden [..., D]` of any float dtype into float32 logits `[..., E]`.
 
     The state is layer-normalised (without parameters) and scored in float32, whatever autocast or the module's own
-    dtype say. `"mlp"` has exactly two parameters, `down [H_r, D]` and `up [E, H_r]`; `"linear"` has `up [E, D]`.
+    dtype say. `"mlp"` has exactly two parameters, `down [H_r, D]` and `up [E, H_r]`; `"linear"` has `up [E, D]`;
+    `"closed_form"` has `weight [E, D]` and `bias [E]`, frozen as they are computed (`skills/closed_form.py`), and a
+    `temperature` for each of `CALIBRATIONS`.
 
     Args:
         hidden_size: D.
@@ -68,7 +91,12 @@ class Router(nn.Module):
         self.router_type = router_type
         self.sizes = hidden_size, router_hidden_size
         for name, values in ROUTERS[router_type].parameters(hidden_size, num_outputs, router_hidden_size).items():
-            self.register_parameter(name, nn.Parameter(values))
+            self.register_parameter(name, nn.Parameter(values, requires_grad=not self.computed))
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is computed from skills, not trained."""
+        return ROUTERS[self.router_type].computed
 
     @property
     def num_outputs(self) -> int:
@@ -77,8 +105,22 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            state = F.layer_norm(hidden.float(), hidden.shape[-1:])
-            return ROUTERS[self.router_type].score(self, state)
+            return ROUTERS[self.router_type].score(self, normalised(hidden))
+
+    def scores(self, hidden: Tensor, granularity: Granularity, deciding: Tensor | None) -> Tensor:
+        """The scores that decide, `[B, S or 1, E]`, of `hidden [B, S, D]`.
+
+        Args:
+            hidden: what is read.
+            granularity: whose tokens' scores decide.
+            deciding: `[B, S]` bool, the tokens that do, where it routes whole sequences.
+        """
+        scores = self(hidden)
+        scores = granularity.aggregate(scores, None if deciding is None else deciding.to(scores.device))
+        temperature = getattr(self, "temperature", None)
+        if temperature is None:
+            return scores
+        return scores / temperature[CALIBRATIONS.index(granularity.calibration)].to(scores)
 
     def grow(self, position: int) -> None:
         """Insert one freshly initialised output at `position`; every other row stays bit-identical."""

@@ -1,0 +1,149 @@
+"""How texts become the rows of a skill, and a note of how they did: sums of what was read otherwise do not mix."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dylora_moe.data.examples import Example, encode
+
+from .features import Row
+
+SEPARATOR = Example.separator
+_SAMPLE = 1024  # values of every tensor of the base that its hash looks at
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the texts of a library were read.
+
+    Attributes:
+        base: a hash of the base's weights, as they are loaded.
+        dtype: theirs.
+        quantization: what the base's configuration says of it; empty for none.
+        layer: k, of the layer whose input is read.
+        width: D.
+        tokenizer: a hash of the tokenizer.
+        separator: what stood between prompt and completion where no chat template was used.
+        chat_template: a hash of the chat template that prompts went through; empty for plain text.
+    """
+
+    base: str
+    dtype: str
+    quantization: str
+    layer: int
+    width: int
+    tokenizer: str
+    separator: str = SEPARATOR
+    chat_template: str = ""
+
+    @classmethod
+    def of(
+        cls, base: Any, layer: int, tokenizer: PreTrainedTokenizerBase, separator: str = SEPARATOR, chat: bool = False
+    ) -> Reading:
+        """The note for a base, with or without experts, the router's layer, and how texts are formatted."""
+        weights = [(n.replace(".base_layer.", "."), p) for n, p in base.named_parameters() if ".lora_" not in n]
+        digest = hashlib.sha256()
+        for name, parameter in sorted(weights):
+            sample = parameter.detach().flatten()[:_SAMPLE].contiguous().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+        embeddings: nn.Module = base.get_input_embeddings()
+        return cls(
+            base=digest.hexdigest()[:16],
+            dtype=str(next(embeddings.parameters()).dtype).removeprefix("torch."),
+            quantization=_quantization(base.config),
+            layer=layer,
+            width=base.config.get_text_config().hidden_size,
+            tokenizer=_hash(_behaviour(tokenizer)),
+            separator=separator,
+            chat_template=_hash(str(tokenizer.chat_template)) if chat else "",
+        )
+
+    def differences(self, other: Reading) -> list[str]:
+        """What differs, for messages."""
+        ours, theirs = asdict(self), asdict(other)
+        return [f"{key.replace('_', ' ')} {ours[key]!r}, {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+
+
+def read_rows(
+    rows: Iterable[str | Mapping[str, Any] | Example],
+    tokenizer: PreTrainedTokenizerBase,
+    separator: str = SEPARATOR,
+    chat: bool = False,
+) -> list[Row]:
+    """The token ids of some texts, as training would see them.
+
+    Args:
+        rows: plain texts; mappings with `prompt` and `completion`; or examples, which have their own separator.
+        tokenizer: of the base.
+        separator: what the completion begins with where no chat template is used.
+        chat: whether prompts go through the chat template.
+
+    Raises:
+        ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
+    """
+    if isinstance(rows, (str, Mapping)):
+        raise ValueError(f"rows={rows!r:.60}: a list of texts is needed, not one.")
+    found = []
+    for number, given in enumerate(rows, start=1):
+        example = _example(given, separator, f"row {number}")
+        if not chat and (isinstance(example.prompt, list) or isinstance(example.completion, dict)):
+            raise ValueError(f"row {number} is made of chat messages, but the mixture's prompts are plain: model.chat.")
+        ids, prompt = encode(example, tokenizer, chat)
+        if len(ids) < 2:
+            raise ValueError(f"row {number} has {len(ids)} tokens; at least two are needed.")
+        found.append(Row(ids, prompt))
+    if not found:
+        raise ValueError("no rows were given; a skill is taught by at least one text.")
+    return found
+
+
+def digest_of(rows: Iterable[Row]) -> str:
+    """A hash of the tokens of some rows, in their order."""
+    return _hash(json.dumps([[row.prompt, list(map(int, row.ids))] for row in rows]), 64)
+
+
+def _example(given: Any, separator: str, place: str) -> Example:
+    if isinstance(given, Example):
+        return given
+    if isinstance(given, str):
+        example = Example("", given, place=place)
+    elif isinstance(given, Mapping) and {"prompt", "completion"} <= set(given):
+        example = Example(given["prompt"], given["completion"], separator=separator, place=place)
+    else:
+        raise ValueError(f"{place} is {given!r:.60}; expected a text, or an object with 'prompt' and 'completion'.")
+    for key, part in (("prompt", example.prompt), ("completion", example.completion)):
+        if not isinstance(part, (str, list if key == "prompt" else dict)):
+            raise ValueError(f"{place}: {key!r} is {part!r:.60}; expected text.")
+    if not example.completion or (isinstance(example.completion, str) and not example.completion.strip()):
+        raise ValueError(f"{place} is empty.")
+    return example
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What of a tokenizer decides the ids; how it pads and truncates does not."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    whole = json.loads(backend.to_str())
+    return json.dumps({key: value for key, value in whole.items() if key not in ("padding", "truncation")})
+
+
+def _quantization(config: Any) -> str:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return ""
+    plain = settings if isinstance(settings, Mapping) else settings.to_dict()
+    kept = {key: value for key, value in plain.items() if key in ("quant_method", "bits") or key.startswith("load_in")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _hash(text: str, length: int = 16) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

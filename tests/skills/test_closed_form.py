@@ -1,0 +1,120 @@
+"""The router in closed form: against the formula written out, and what leaving a row out means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dylora_moe.skills.closed_form import SHRINKAGE, fit, left_out
+from dylora_moe.skills.skill import PROMPT_SHARE, Skill
+from topics import WIDTH, row_states, skill
+
+EXACT = 1e-9  # float64 through an inverse
+
+
+def weights(row):
+    """What the tokens of a row weigh: 1 together, the prompt its share."""
+    p, c = int(row.prompt.sum()), int((~row.prompt).sum())
+    if not p or not c:
+        return torch.full((p + c,), 1 / (p + c), dtype=torch.float64)
+    return row.prompt.double() * (PROMPT_SHARE / p) + (~row.prompt).double() * ((1 - PROMPT_SHARE) / c)
+
+
+def by_hand(groups, x):
+    """Log-densities `[T, E]` of `x` under normal distributions with the mean covariance, up to what all share."""
+    means, within = [], torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for rows in groups:
+        states, w = torch.cat([row.states for row in rows]).double(), torch.cat([weights(row) for row in rows])
+        mean = (w[:, None] * states).sum(0) / w.sum()
+        for state, weight in zip(states - mean, w / w.sum(), strict=True):
+            within += weight * torch.outer(state, state) / len(groups)
+        means.append(mean)
+    within += SHRINKAGE * within.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    apart = x.double()[:, None] - torch.stack(means)
+    return -0.5 * (apart @ torch.linalg.inv(within) * apart).sum(-1)
+
+
+def relative(scores):
+    return scores - scores.mean(-1, keepdim=True)
+
+
+GROUPS = [
+    [row_states(seed, 0.0, length=5 + seed) for seed in range(4)],
+    [row_states(10 + seed, 1.0, prompt=0) for seed in range(7)],
+    [row_states(20 + seed, -1.0, length=20 + seed, prompt=3) for seed in range(5)],
+]
+SKILLS = {name: Skill.of(rows, WIDTH) for name, rows in zip("abc", GROUPS, strict=True)}
+
+
+def test_scores_are_the_log_densities():
+    found = fit(SKILLS)
+    x = torch.cat([row.states for rows in GROUPS for row in rows])
+    scores = x.double() @ found.weight.T + found.bias
+    torch.testing.assert_close(relative(scores), relative(by_hand(GROUPS, x)), rtol=EXACT, atol=EXACT)
+
+
+def test_the_order_of_skills_makes_no_difference():
+    one, other = fit(SKILLS), fit({name: SKILLS[name] for name in "cab"})
+    assert one.names == other.names
+    assert torch.equal(one.weight, other.weight)
+    assert one.temperatures == other.temperatures
+
+
+def test_leaving_a_row_out_is_nearly_fitting_without_it():
+    """Exact but for how a row's other tokens vary and the size of one skill's covariance: most of what the row itself
+    had changed is taken back."""
+    names, errors, naive = list(SKILLS), [], []
+    for name, rows in zip(names, GROUPS, strict=True):
+        scores, columns = left_out(SKILLS)[name]
+        assert list(columns) == names
+        keys = SKILLS[name].views.keys.tolist()
+        for row in rows:
+            rest = [[other for other in group if other is not row] for group in GROUPS]
+            deciding = row.states[row.prompt] if row.prompt.any() else row.states
+            expected = relative(by_hand(rest, deciding.double().mean(0)[None]))[0]
+            seen = relative(by_hand(GROUPS, deciding.double().mean(0)[None]))[0]
+            found = relative(scores[keys.index(row.row.key)])
+            errors.append((found - expected).abs().max())
+            naive.append((seen - expected).abs().max())
+    assert sum(errors) < 0.3 * sum(naive)
+
+
+def test_an_only_row_is_scored_with_itself():
+    lonely = {"a": Skill.of([row_states(1)], WIDTH), "b": SKILLS["b"]}
+    assert torch.isfinite(left_out(lonely)["a"][0]).all()
+
+
+def test_the_temperature_makes_the_rows_most_likely():
+    found = fit(SKILLS)
+    scores = left_out(SKILLS)
+
+    def likelihood(temperature):
+        own = []
+        for column, name in enumerate(found.names):
+            rows = scores[name][0]
+            total = sum(len(each) for each, _ in scores.values())
+            target = torch.full_like(rows, 0.5 / (total + 1) / 2)
+            target[:, column] = (total + 0.5) / (total + 1)
+            own.append((target * (rows / temperature).log_softmax(-1)).sum(-1).mean())
+        return float(torch.stack(own).mean())
+
+    best = found.temperatures["sequence"]
+    assert 0.01 < best < 100
+    assert likelihood(best) >= max(likelihood(best * 1.02), likelihood(best / 1.02))
+
+
+def test_one_skill_has_equal_scores():
+    found = fit({"a": SKILLS["a"]})
+    assert found.weight.abs().max() == 0
+    assert found.temperatures == {"token": 1.0, "sequence": 1.0}
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_every_skill_weighs_the_same(count):
+    """The covariance of 80 rows counts as much as that of few."""
+    few, many = skill(0, count), skill(200, 80, centre=1.0)
+    within = (few.sums.covariance() + many.sums.covariance()) / 2
+    within += SHRINKAGE * within.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+    found = fit({"few": few, "many": many})
+    expected = torch.linalg.solve(within, few.sums.mean - many.sums.mean)
+    torch.testing.assert_close(found.weight[0] - found.weight[1], expected, rtol=EXACT, atol=EXACT)
