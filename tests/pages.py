@@ -40,15 +40,22 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return [block for block in found if block.language in languages]
 
 
-def furnish(folder: Path, base: str) -> None:
-    """Put into `folder` what readers are said to have: three strangers' adapters, their texts, a finished mixture."""
+def furnish_adapters(folder: Path, base: str) -> None:
+    """Put three strangers' adapters for `base` and their texts into `folder`."""
     for rank, (name, targets) in enumerate(STRANGERS.items(), start=2):
         torch.manual_seed(rank)
         config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(tiny_base(), config).save_pretrained(folder / "adapters" / name)
+        adapter = get_peft_model(tiny_base(), config)
+        adapter.peft_config["default"].base_model_name_or_path = base
+        adapter.save_pretrained(folder / "adapters" / name)
         rows = [{"text": f"{name} text number {i}"} for i in range(20)]
         for file in (f"{name}.jsonl", f"{name}-test.jsonl"):
             (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def furnish(folder: Path, base: str) -> None:
+    """Put into `folder` what readers are said to have: strangers' adapters, their texts, a finished mixture."""
+    furnish_adapters(folder, base)
     config = MoELoraConfig(expert_names=["json", "sql", "date", "cart"], r=2, target_modules="all-linear")
     mixture = DyLoraMoE.from_base(base, config)
     mixture.save_pretrained(folder / "runs" / "skills")

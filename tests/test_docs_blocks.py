@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app
 from dylora_moe.report import page
-from pages import FENCE, PAGES, ROOT, blocks, furnish, furnish_recipes
+from pages import FENCE, PAGES, ROOT, blocks, furnish, furnish_adapters, furnish_recipes
 from tinybase import save_tiny_base
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -183,6 +183,7 @@ def test_commands_run(draw, base, tmp_path, monkeypatch):
     The figures of a report take ten seconds, and `tests/report` draws them, too.
     """
     monkeypatch.chdir(tmp_path)
+    furnish_adapters(tmp_path, base)
     furnish_recipes(tmp_path, base)
     if not draw:
         monkeypatch.setattr(page, "write_report", lambda folder: folder / "report.html")

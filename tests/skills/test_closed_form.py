@@ -84,6 +84,21 @@ def test_an_only_row_is_scored_with_itself():
     assert torch.isfinite(left_out(lonely)["a"][0]).all()
 
 
+def test_texts_of_one_token_are_no_accident():
+    """They do not vary at all, or only from row to row: there is nothing to shrink, and all to be taken back."""
+    short = {name: Skill.of([row_states(seed, length=1, prompt=0)], WIDTH) for seed, name in enumerate("ab")}
+    pairs = {
+        name: Skill.of([row_states(n + seed, centre=n, length=1, prompt=0) for seed in range(2)], WIDTH)
+        for n, name in enumerate("ab")
+    }
+    for skills in (short, pairs):
+        found = fit(skills)
+        assert torch.isfinite(found.weight).all()
+        assert all(0 < temperature < 1e4 for temperature in found.temperatures.values())
+        for scores, _ in left_out(skills).values():
+            assert torch.isfinite(scores).all()
+
+
 def test_the_temperature_makes_the_rows_most_likely():
     found = fit(SKILLS)
     scores = left_out(SKILLS)
