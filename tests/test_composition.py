@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from dylora_moe import DyLoraMoE
@@ -56,6 +57,7 @@ def test_the_command_writes_a_mixture_that_routes(tmp_path, parts):
     assert "dylora-moe generate" in result.output
     assert "1.25 passes of the base per step, sequence granularity" in result.output  # the adapters sit below k = 1
     model = DyLoraMoE.from_pretrained(str(tmp_path / "out"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tiny_tokenizer().get_vocab()
     assert model.frozen_experts == set(THREE)
     assert all("sha256:" in model.skills[name].taught[0].source for name in THREE)
     right = 0

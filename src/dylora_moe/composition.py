@@ -150,4 +150,5 @@ def compose(
         digest = hashlib.sha256(ingredient.texts.read_bytes()).hexdigest()
         mixture.teach(ingredient.name, texts[ingredient.name], tokenizer, separator, f"sha256:{digest}", told)
     mixture.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return mixture

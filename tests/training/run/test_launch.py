@@ -70,9 +70,10 @@ def test_accumulation_1x8_equals_8x1(content, tmp_path):
 
 @pytest.mark.parametrize(
     "train",
-    [EQUAL, pytest.param({**EQUAL, **STAGED, **FSDP2}, marks=pytest.mark.slow)],
+    [EQUAL, {**EQUAL, **STAGED, **FSDP2}],
     ids=["DDP joint", "FSDP2 staged"],
 )
+@pytest.mark.slow
 def test_two_processes_times_four_equal_one_times_eight(content, tmp_path, train):
     train = {key: value for key, value in train.items() if not (train.get("method") and key == "max_steps")}
     alone = {key: value for key, value in train.items() if not key.startswith("fsdp")}

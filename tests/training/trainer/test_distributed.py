@@ -80,6 +80,7 @@ def test_a_step_in_two_processes_equals_one(steps, tmp_path, name):
         assert found["logs"][key] == pytest.approx(one["logs"][key], rel=3e-3 if name == "bf16" else 1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted_bitwise(runs, kind):
     found = runs[kind][1]["resumed"]
@@ -93,6 +94,7 @@ def test_resumed_equals_uninterrupted_bitwise(runs, kind):
     assert found["sharded"] == (kind == "fsdp2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_two_processes_loads_in_one(runs, kind):
     folder, found = runs[kind]
@@ -110,6 +112,7 @@ def test_a_checkpoint_of_two_processes_loads_in_one(runs, kind):
             torch.testing.assert_close(again, logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_write_the_same_checkpoint(runs):
     ddp, fsdp2 = (runs[kind][0] / "checkpoint-4" for kind in KINDS)
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (ddp, fsdp2)]
@@ -130,6 +133,7 @@ def test_ddp_and_fsdp2_write_the_same_checkpoint(runs):
             torch.testing.assert_close(right["state"][index][key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_stops_all(runs, kind):
     first, second = runs[kind][1]["stopped"]["found"]
