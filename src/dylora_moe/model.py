@@ -100,6 +100,8 @@ from .skills.skill import Skill, Teaching
 
 logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
+_ROWS = "added_rows."
+"""How the names of a resized base's new rows begin among gathered tensors."""
 
 
 def in_turn(method: Method) -> Method:
@@ -111,9 +113,6 @@ def in_turn(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, waiting)
-
-
-_ROWS = "added_rows."
 
 
 class DyLoraMoE(PeftModelForCausalLM):
@@ -933,13 +932,9 @@ class DyLoraMoE(PeftModelForCausalLM):
         """Take over a library; a router that is computed follows it."""
         if self.router.computed and library:
             fit = library.fit()
-            rows = [fit.names.index(name) if name in library else None for name in self.expert_names]
-            computed = {"weight": fit.weight, "bias": fit.bias}
-            for key, values in computed.items():
-                computed[key] = torch.stack(
-                    [torch.zeros_like(values[0]) if row is None else values[row] for row in rows]
-                )
-            computed["temperature"] = torch.tensor([fit.temperatures[kind] for kind in CALIBRATIONS])
+            weight, bias = fit.rows_for(self.expert_names)
+            temperature = torch.tensor([fit.temperatures[kind] for kind in CALIBRATIONS])
+            computed = {"weight": weight, "bias": bias, "temperature": temperature}
             for key, parameter in self.router.named_parameters():
                 parameter.data.copy_(computed[key])
         if self.router.computed:

@@ -19,16 +19,9 @@ from transformers import (
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.base.placement import BEFORE_THE_LAYERS, UNREACHABLE, Placement
+from families import PLAIN as TEXT
 from tinybase import tiny_base
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -133,3 +133,15 @@ def test_every_skill_weighs_the_same(count):
     found = fit({"few": few, "many": many})
     expected = torch.linalg.solve(within, few.sums.mean - many.sums.mean)
     torch.testing.assert_close(found.weight[0] - found.weight[1], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_rows_follow_the_experts_and_are_zero_without_a_skill():
+    found = fit(SKILLS)
+    order = [*reversed(found.names), "untaught"]
+    weight, bias = found.rows_for(order)
+    for row, name in enumerate(order[:-1]):
+        column = found.names.index(name)
+        assert torch.equal(weight[row], found.weight[column])
+        assert bias[row] == found.bias[column]
+    assert not weight[-1].any()
+    assert bias[-1] == 0

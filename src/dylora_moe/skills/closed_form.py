@@ -15,7 +15,7 @@ Shapes: E skills, R rows of one skill, r rank of what is taken back of a row, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,15 @@ class Fit(NamedTuple):
     weight: Tensor
     bias: Tensor
     temperatures: dict[str, float]
+
+    def rows_for(self, experts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Weight `[·, D]` and bias `[·]` in the order of `experts`; zeros for one without a skill."""
+        weight, bias = self.weight.new_zeros(len(experts), self.weight.shape[1]), self.bias.new_zeros(len(experts))
+        for row, name in enumerate(experts):
+            if name in self.names:
+                column = self.names.index(name)
+                weight[row], bias[row] = self.weight[column], self.bias[column]
+        return weight, bias
 
 
 class _Discriminant(NamedTuple):

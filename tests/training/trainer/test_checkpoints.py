@@ -115,7 +115,9 @@ def test_dropout_and_data_order_matter_to_this_test(tmp_path, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_step_saves_and_stops(tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(
+        Interrupted, match=r"--resume, or in Python with train\(resume_from_checkpoint=True\)"
+    ) as stopped:
         trainer(tmp_path, [Send(number, 2)]).train()
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before

@@ -68,6 +68,24 @@ def last_complete(output: str | Path) -> Path | None:
     return folders[max(folders)] if folders else None
 
 
+def checkpoint_to_resume(asked: str | bool | None, output: str) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: with True the last whole one in `output`; None for none.
+
+    Raises:
+        CheckpointError: there is none, or it was not written to its end.
+    """
+    if not asked:
+        return None
+    folder = last_complete(output) if asked is True else Path(asked)
+    if folder is None:
+        raise CheckpointError(f"{output} holds no whole checkpoint to resume from.")
+    if not (folder / COMPLETE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} was not written to its end ({COMPLETE_FILE!r} is missing); resume an older one."
+        )
+    return folder
+
+
 def ended(folder: Path) -> bool:
     """Whether the training was over when the checkpoint in `folder` was written.
 

@@ -14,4 +14,7 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, output: str):
         self.exit_code = 128 + number
-        super().__init__(f"stopped by {signal.Signals(number).name}; continue with --resume (checkpoints in {output}).")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; continue with --resume, or in Python with "
+            f"train(resume_from_checkpoint=True) (checkpoints in {output})."
+        )

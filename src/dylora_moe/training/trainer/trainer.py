@@ -27,9 +27,9 @@ from dylora_moe.training.recipe.sections import TwoPhase
 
 from .callbacks import Speed, StarvedExperts
 from .checkpoints import (
-    COMPLETE_FILE,
     RestoreAverages,
     StopOnSignal,
+    checkpoint_to_resume,
     ended,
     last_complete,
     mark_complete,
@@ -153,7 +153,7 @@ class MoETrainer(SFTTrainer):
             FloatingPointError: the loss is not finite; no optimizer step was made with it.
             Interrupted: SIGTERM or SIGINT; the step was finished and saved.
         """
-        folder = self._resume_folder(resume_from_checkpoint)
+        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if folder is not None and ended(folder):
             return self._take_over(folder)
         stop = StopOnSignal()
@@ -188,18 +188,6 @@ class MoETrainer(SFTTrainer):
         self.log({"train_loss": 0.0})  # closes the log as the end of a training does
         unwrap_head(self.mixture)
         return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _resume_folder(self, asked: str | bool | None) -> Path | None:
-        if not asked:
-            return None
-        folder = last_complete(str(self.args.output_dir)) if asked is True else Path(str(asked))
-        if folder is None:
-            raise CheckpointError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
-        if not (folder / COMPLETE_FILE).is_file():
-            raise CheckpointError(
-                f"{folder} was not written to its end ({COMPLETE_FILE!r} is missing); resume an older one."
-            )
-        return folder
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
