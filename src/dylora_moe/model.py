@@ -860,7 +860,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 before, or a skill that was compacted. Nothing is changed.
         """
         self.experts.check_known(name)
-        tokenizer = self._tokenizer() if tokenizer is None else tokenizer
+        tokenizer = self.tokenizer() if tokenizer is None else tokenizer
         if separator is None:
             separator = SEPARATOR if self.skills.reading is None else self.skills.reading.separator
         base = cast(PreTrainedModel, self.get_base_model())
@@ -874,7 +874,12 @@ class DyLoraMoE(PeftModelForCausalLM):
         library.add(name, replace(skill, taught=(taught,)), reading)
         self._put_skills(library)
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one in the checkpoint's folder, else the base's.
+
+        Raises:
+            ValueError: neither can be loaded.
+        """
         try:
             return load_tokenizer(self.folder, self.base_name)
         except (OSError, ValueError) as error:
@@ -896,6 +901,24 @@ class DyLoraMoE(PeftModelForCausalLM):
 
         with evaluating(self), self.hooks.calling(Call(experts="base")):
             return Skill.of(states(), self.router.sizes[0])
+
+    def learn(self, rows: Iterable[str | Mapping[str, Any] | Example], name: str | None = None, **options: Any) -> Any:
+        """Look at some rows, and where they are new, train an expert for them alone and teach the router.
+
+        Needs the extra `train`. The old experts keep every bit; whatever stops it leaves the mixture as it was.
+
+        Args:
+            rows: as `teach` takes them; those of known skills are left out.
+            name: of the new expert; default `skill_1`, `skill_2`, …
+            options: of `lifelong.learn.learn`: `tokenizer`, `separator`, `false_alarm`, `everything`, `source`,
+                `training`.
+
+        Returns:
+            a `lifelong.learn.Learned`: the expert's name, or None where nothing is new, and what the rows were.
+        """
+        from .lifelong.learn import learn  # above this file, the one exception: it trains
+
+        return learn(self, rows, name, **options)
 
     @in_turn
     def forget(self, name: str, exact: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import os
 from pathlib import Path
 
@@ -110,9 +111,40 @@ def test_a_failure_while_renaming_puts_the_old_checkpoint_back(saved, monkeypatc
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_once)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="busy"):
         model.save_pretrained(saved)
     assert contents(saved.parent) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may have no exchange of folders")
+def test_folders_change_places_in_one_step(saved, monkeypatch):
+    """No moment without the folder, or without what lies in it beside the mixture."""
+    (saved / "stages" / "one").mkdir(parents=True)
+    (saved / "stages" / "one" / "log").write_text("mine")
+    monkeypatch.setattr(Path, "rename", None)
+    exchange, seen = files._exchange, []
+
+    def look(one, other):
+        seen.append(contents(one)["stages/one/log"] == contents(other)["stages/one/log"] == b"mine")
+        return exchange(one, other)
+
+    monkeypatch.setattr(files, "_exchange", look)
+    model = DyLoraMoE.from_pretrained(str(saved), base=tiny_base())
+    model.remove_expert("blue")
+    model.save_pretrained(saved)
+    assert seen == [True]
+    assert DyLoraMoE.from_pretrained(str(saved), base=tiny_base()).expert_names == ["red", "green"]
+    assert contents(saved)["stages/one/log"] == b"mine"
+    assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
+
+
+def test_without_an_exchange_the_rest_of_the_folder_stays_too(saved, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    before = contents(saved)
+    DyLoraMoE.from_pretrained(str(saved), base=tiny_base()).save_pretrained(saved)
+    assert contents(saved).keys() == before.keys()
+    assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
 
 
 def test_the_old_checkpoint_is_whole_until_the_new_one_is(saved, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_on
 
 
 _LFS_POINTER = b"version https://git-lfs"
+_CURRENT, _SWAP = -100, 2  # AT_FDCWD, and RENAME_EXCHANGE of renameat2 (RENAME_SWAP of renamex_np is the same)
 
 
 class CheckpointError(ValueError):
@@ -155,6 +158,11 @@ def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
     if target == Path.cwd() or target in Path.cwd().parents or os.path.ismount(target):
         _replace_entries(folder, target, owned)  # a folder somebody stands in, or mounted, cannot be renamed
         return
+    for entry in target.iterdir():
+        if entry.name not in owned:
+            _link(entry, folder / entry.name)
+    if _exchange(folder, target):  # what was there is in `folder` now
+        return
     old = folder.with_suffix(".old")
     target.rename(old)
     try:
@@ -162,10 +170,32 @@ def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
     except OSError:
         old.rename(target)
         raise
-    for entry in list(old.iterdir()):
-        if entry.name not in owned:
-            entry.rename(target / entry.name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(entry: Path, place: Path) -> None:
+    """Have a file or folder in another place of the same disk as well, without a second copy of its content."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, place, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(entry, place)
+
+
+def _link_file(file: str | Path, place: str | Path) -> None:
+    try:
+        os.link(file, place, follow_symlinks=False)
+    except OSError:  # a disk without hard links
+        shutil.copy2(file, place, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Have two folders change places in one step, which a killed process has done or not; False where none does it."""
+    if sys.platform == "win32":
+        return False
+    library, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
+    if hasattr(library, "renameat2"):
+        return library.renameat2(_CURRENT, names[0], _CURRENT, names[1], _SWAP) == 0
+    return hasattr(library, "renamex_np") and library.renamex_np(*names, _SWAP) == 0
 
 
 def _replace_entries(folder: Path, target: Path, owned: Collection[str]) -> None:

@@ -89,19 +89,28 @@ def read_rows(
     Raises:
         ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
     """
-    if isinstance(rows, (str, Mapping)):
-        raise ValueError(f"rows={rows!r:.60}: a list of texts is needed, not one.")
     found = []
-    for number, given in enumerate(rows, start=1):
-        example = _example(given, separator, f"row {number}")
+    for number, example in enumerate(examples_of(rows, separator), start=1):
         if not chat and (isinstance(example.prompt, list) or isinstance(example.completion, dict)):
             raise ValueError(f"row {number} is made of chat messages, but the mixture's prompts are plain: model.chat.")
         ids, prompt = encode(example, tokenizer, chat)
         if len(ids) < 2:
             raise ValueError(f"row {number} has {len(ids)} tokens; at least two are needed.")
         found.append(Row(ids, prompt))
+    return found
+
+
+def examples_of(rows: Iterable[str | Mapping[str, Any] | Example], separator: str = SEPARATOR) -> list[Example]:
+    """Texts, mappings with `prompt` and `completion`, and examples, as examples.
+
+    Raises:
+        ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
+    """
+    if isinstance(rows, (str, Mapping)):
+        raise ValueError(f"rows={rows!r:.60}: a list of texts is needed, not one.")
+    found = [_example(given, separator, f"row {number}") for number, given in enumerate(rows, start=1)]
     if not found:
-        raise ValueError("no rows were given; a skill is taught by at least one text.")
+        raise ValueError("no rows were given; at least one text is needed.")
     return found
 
 

@@ -1,0 +1,1 @@
+"""A mixture that learns for years: what new rows are, and a new expert for them."""

@@ -1,0 +1,206 @@
+"""`dylora-moe learn`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dylora_moe.failures import Verbose
+
+if TYPE_CHECKING:
+    from dylora_moe.session import Session
+
+    from .learn import Learned, Training
+    from .look import Look
+
+WORK = "learning"
+"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on."""
+SECONDS = 5.0
+"""Between two looks at a watched folder."""
+console = Console(emoji=False)
+
+
+def learn(
+    directory: Annotated[Path, typer.Argument(help="The mixture: a checkpoint folder.")],
+    data: Annotated[Path | None, typer.Argument(help="A file with rows: prompt and completion, messages, or text.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the new expert; default the file's.")] = None,
+    false_alarm: Annotated[
+        float, typer.Option(min=0.0005, max=0.5, help="Share of the rows of known skills that may be called new.")
+    ] = 0.01,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look, and say what would be done.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Learn every row, also those of known skills.")] = False,
+    watch: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Learn every file that comes into it.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest; default 2e-3·√(8/rank).")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the new expert, alpha twice as much; default the mixture's.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; longer texts are cut into pieces.")] = 1024,
+    output: Annotated[Path | None, typer.Option(help="Write the grown mixture there; default in its place.")] = None,
+    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the expert's first weights and the order of the rows.")] = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Look at new rows, and where they are of no skill that the mixture has, learn them as a new one.
+
+    Rows of known skills are left out. The new expert alone is trained; the old ones keep every bit, and the router is
+    computed anew from what is known of all skills. Killed at any moment, the folder holds the mixture before or after,
+    and the same command goes on with the training.
+
+    Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
+    """
+    if (data is None) == (watch is None):
+        raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
+    from dylora_moe.session import Session
+    from dylora_moe.training.run.lock import FolderLock
+
+    with FolderLock(output or directory).hold():
+        session = Session(directory, base=base)
+        how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+        how |= {"max_length": max_length, "seed": seed, "rank": rank}
+        asked = (false_alarm, everything, dry_run, output or directory, how)
+        if data is not None:
+            _learn_file(session, data, name, *asked)
+            return
+        assert watch is not None
+        if not watch.is_dir():
+            raise ValueError(f"--watch {watch}: no such folder.")
+        if name is not None:
+            raise ValueError(f"--name {name} with --watch: every file is named by itself; leave it out.")
+        _watch(session, watch, *asked)
+
+
+def _learn_file(
+    session: Session,
+    file: Path,
+    name: str | None,
+    false_alarm: float,
+    everything: bool,
+    dry_run: bool,
+    target: Path,
+    how: dict[str, Any],
+) -> None:
+    """Learn one file, and save the mixture."""
+    from dylora_moe.config import check_expert_name
+    from dylora_moe.data.section import DataRecipe
+    from dylora_moe.data.sources import load_examples
+    from dylora_moe.report.terminal import confusion_table
+    from dylora_moe.skills.reading import SEPARATOR
+
+    from .learn import learn as run
+    from .look import look
+
+    started, mixture = time.perf_counter(), session.model
+    if not file.is_file():
+        raise ValueError(f"no file {str(file)!r} with rows to learn.")
+    name = name or re.sub(r"\W+", "_", file.name.partition(".")[0]).strip("_")
+    check_expert_name(name, taken=mixture.expert_names, base=mixture.get_base_model())
+    separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
+    rows = load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if dry_run:
+        with console.status(f"Looking at {len(rows)} rows"):
+            seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
+        _show(seen)
+        doing = f"nothing would be learnt: {seen.reason}" if seen.reason and not everything else None
+        count = len(seen.examples if everything else seen.new)
+        _say(f"Dry run: {doing or f'an expert {name!r} would be trained on {count} rows'}.")
+        return
+    work = target / WORK / f"{name}-{digest[:12]}"
+    learned = run(
+        mixture,
+        rows,
+        name,
+        session.tokenizer,
+        separator,
+        false_alarm,
+        everything,
+        f"sha256:{digest}",
+        _training(mixture, work, how),
+    )
+    _show(learned.look)
+    if learned.name is None:
+        _say(f"Nothing was learnt: {learned.look.reason}. --all learns every row, whatever it is.")
+        return
+    mixture.save_pretrained(target)
+    session.tokenizer.save_pretrained(target)
+    shutil.rmtree(work, ignore_errors=True)
+    _remove_if_empty(work.parent)
+    console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
+    _report(learned, target, time.perf_counter() - started)
+
+
+def _training(mixture: Any, work: Path, how: dict[str, Any]) -> Training:
+    from .learn import Training
+
+    rank, rest = how["rank"], {key: value for key, value in how.items() if key != "rank"}
+    lora = None if rank is None else mixture.moe_config.expert_config(r=rank, lora_alpha=2 * rank)
+    return Training(**rest, lora=lora, folder=work, console=console)
+
+
+def _show(seen: Look) -> None:
+    """What the rows of a file are."""
+    table = Table(title=f"{len(seen.examples)} rows; together {seen.whole}")
+    table.add_column("answer")
+    table.add_column("rows", justify="right")
+    for answer, count in seen.counts.items():
+        table.add_row(answer, str(count))
+    console.print(table)
+    for left, why in ((seen.twice, "there twice"), (seen.too_long, "longer than --max-length")):
+        if left:
+            _say(f"{left} rows were left out: {why}.")
+
+
+def _report(learned: Learned, target: Path, seconds: float) -> None:
+    """What changed."""
+    assert learned.moved is not None
+    gone, kept = (sum(numbers) for numbers in zip(*learned.moved.values(), strict=True)) if learned.moved else (0, 0)
+    share = f" ({gone / kept:.1%})" if kept else ""
+    _say(f"Learned {learned.name!r} from {learned.rows} rows in {seconds:.0f} s. Of {kept} kept rows of the skills")
+    _say(f"before, {gone} are routed differently{share}; no other expert changed. Checkpoint: {target}")
+
+
+def _watch(session: Session, folder: Path, *asked: Any) -> None:
+    """Learn the files of a folder as they come, until interrupted."""
+    from dylora_moe.data.section import FILE_SUFFIXES
+
+    done: set[str] = set()
+    _say(f"Watching {folder}; stop with Ctrl-C.")
+    while True:
+        for file in sorted(folder.iterdir()):
+            digest = _digest_when_whole(file) if file.name.endswith(FILE_SUFFIXES) else None
+            if digest is None or digest in done:
+                continue
+            done.add(digest)
+            taught = {teaching.source for skill in session.model.skills.values() for teaching in skill.taught}
+            if f"sha256:{digest}" in taught:
+                _say(f"{file.name} was learnt before.")
+                continue
+            try:
+                _learn_file(session, file, None, *asked)
+            except ValueError as error:  # one file that cannot be used does not end the watch
+                _say(f"{file.name}: {error}")
+        time.sleep(SECONDS)
+
+
+def _digest_when_whole(file: Path) -> str | None:
+    """The hash of a file that nobody has written to for a moment; None for one that is still growing."""
+    if time.time() - file.stat().st_mtime < 1.0:
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
