@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -24,7 +24,7 @@ from dylora_moe.data.examples import Example, to_dataset
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.skills.library import SkillLibrary
 from dylora_moe.training.recipe.methods import expert_stage
-from dylora_moe.training.run.arguments import DEFAULT_ARGUMENTS
+from dylora_moe.training.run.arguments import DEFAULT_ARGUMENTS, keep_intervals
 from dylora_moe.training.run.stages import set_trainable, thaw
 from dylora_moe.training.trainer.callbacks import ProgressBar
 from dylora_moe.training.trainer.checkpoints import last_complete
@@ -141,7 +141,7 @@ def learn(
         _train(mixture, name, chosen, tokenizer, training)
         separator = chosen[0].separator
         mixture.teach(name, chosen, tokenizer, separator, source)
-    return Learned(name, seen, len(chosen), moved(before, mixture.skills))
+        return Learned(name, seen, len(chosen), moved(before, mixture.skills))
 
 
 def moved(before: SkillLibrary, after: SkillLibrary) -> dict[str, tuple[int, int]]:
@@ -190,7 +190,10 @@ def _train(mixture: DyLoraMoE, name: str, examples: list[Example], tokenizer: An
                 callbacks=[] if training.console is None else [ProgressBar(training.console, f"learning {name}")],
             )
             trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=last_complete(folder) is not None)
+            checkpoint = last_complete(folder)
+            if checkpoint is not None:
+                keep_intervals(cast(SFTConfig, trainer.args), checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint is not None)
         finally:
             thaw(mixture, frozen)
             mixture.train(was_training)
@@ -210,10 +213,13 @@ def _folder(given: Path | None) -> Iterator[Path]:
 @contextmanager
 def _undone_on_failure(mixture: DyLoraMoE, name: str) -> Iterator[None]:
     """Take the expert `name` out again if the block does not come to its end; torch's random state stays outside."""
+    skills, router = mixture.skills, {key: value.clone() for key, value in mixture.router.state_dict().items()}
     with torch.random.fork_rng():
         try:
             yield
         except BaseException:
             if name in mixture.expert_names:
                 mixture.remove_expert(name)
+            mixture.skills = skills
+            mixture.router.load_state_dict(router)
             raise
