@@ -58,8 +58,8 @@ def row_states(seed: int, centre: float = 0.0, length: int = 9, prompt: int | No
     made = torch.Generator().manual_seed(seed)
     states = torch.randn(length, WIDTH, generator=made) + torch.randn(WIDTH, generator=made) + centre
     prompt = length // 2 if prompt is None else prompt
-    row = Row([seed, *range(length)], prompt)
-    return RowStates(row, states, torch.arange(length) < prompt)
+    row, is_prompt = Row([seed, *range(length)], prompt), torch.arange(length) < prompt
+    return RowStates(row, states, is_prompt, states[is_prompt if prompt else ~is_prompt].double().mean(0) / 2)
 
 
 def skill(first: int, count: int = 5, centre: float | None = None, **shape: Any) -> Skill:

@@ -145,10 +145,8 @@ def compose(
     mixture = DyLoraMoE.from_adapters(model, {each.name: each.adapter for each in ingredients}, config).eval()
     mixture.base_name = saved_name
     mixture.chat = any(row.form == "messages" for rows in texts.values() for row in rows) if chat is None else chat
-    for ingredient in ingredients:
-        told = None if progress is None else (lambda count, name=ingredient.name: progress(name, count))
-        digest = hashlib.sha256(ingredient.texts.read_bytes()).hexdigest()
-        mixture.teach(ingredient.name, texts[ingredient.name], tokenizer, separator, f"sha256:{digest}", told)
+    digests = {each.name: f"sha256:{hashlib.sha256(each.texts.read_bytes()).hexdigest()}" for each in ingredients}
+    mixture.teach_many({name: texts[name] for name in digests}, tokenizer, separator, digests, progress)
     mixture.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return mixture

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
@@ -93,10 +93,12 @@ from .routing.records import RouterRecord
 from .routing.router import CALIBRATIONS, Router
 from .routing.trace import RoutingTrace
 from .sharding import is_sharded, reshard, shard_like, whole
-from .skills.features import Row, evaluating, states_of, window_of
+from .skills.background import background_texts, background_views
+from .skills.features import Row, RowStates, evaluating, states_of, window_of
 from .skills.library import SkillLibrary
+from .skills.novelty import FALSE_ALARM, Detector, Novelty
 from .skills.reading import SEPARATOR, Reading, digest_of, read_rows
-from .skills.skill import Skill, Teaching
+from .skills.skill import RowViews, Skill, Teaching
 
 logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -187,6 +189,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.chat: bool | None = None
         self.folder: Path | None = None
         self.skills = SkillLibrary()
+        self._read_as: tuple[Any, PreTrainedTokenizerBase, Reading] | None = None
+        self._background: tuple[Reading, RowViews] | None = None
+        self._detector: Detector | None = None
+        self._viewed: tuple[tuple[Reading, str], RowViews] | None = None
         self.named_rows = rows_by_name(base, self.base_name)
         self.router = Router(
             base.config.get_text_config().hidden_size,
@@ -859,20 +865,125 @@ class DyLoraMoE(PeftModelForCausalLM):
             ValueError: an unknown expert, no rows or unusable ones, no tokenizer, texts read otherwise than those
                 before, or a skill that was compacted. Nothing is changed.
         """
-        self.experts.check_known(name)
-        tokenizer = self.tokenizer() if tokenizer is None else tokenizer
+        told = None if progress is None else (lambda _, count: progress(count))
+        self.teach_many({name: rows}, tokenizer, separator, {name: source}, told)
+
+    @in_turn
+    def teach_many(
+        self,
+        rows: Mapping[str, Iterable[str | Mapping[str, Any] | Example]],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        sources: Mapping[str, str] | None = None,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Teach several experts as `teach` would one after the other, and compute the router once: all, or none.
+
+        Args:
+            rows: expert → texts.
+            tokenizer: as of `teach`.
+            separator: as of `teach`.
+            sources: expert → what to note of where its rows are from.
+            progress: called after each row with the expert and how many of its rows are done.
+
+        Raises:
+            ValueError: as `teach`; nothing is changed.
+        """
+        for name in rows:
+            self.experts.check_known(name)
+        tokenizer, reading = self._reading(tokenizer, separator)
+        library = self.skills.copy()
+        for name in rows:
+            library.check_can_add(name, reading)
+        read = {name: read_rows(rows[name], tokenizer, reading.separator, bool(self.chat)) for name in rows}
+        for name, of_skill in read.items():
+            told = None if progress is None else functools.partial(progress, name)
+            skill = self._skill_of(of_skill, told)
+            now, source = datetime.now(UTC).isoformat(timespec="seconds"), (sources or {}).get(name, "")
+            taught = Teaching(now, source, digest_of(of_skill), skill.rows, skill.tokens)
+            library.add(name, replace(skill, taught=(taught,)), reading)
+        self._put_skills(library)
+
+    @overload
+    def novelty(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        batch: Literal[False] = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        false_alarm: float = FALSE_ALARM,
+    ) -> list[Novelty]: ...
+
+    @overload
+    def novelty(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        batch: Literal[True],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        false_alarm: float = FALSE_ALARM,
+    ) -> Novelty: ...
+
+    @in_turn
+    def novelty(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        batch: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        false_alarm: float = FALSE_ALARM,
+    ) -> list[Novelty] | Novelty:
+        """Say of texts whether they are of a kind that was taught, related to one, or new.
+
+        The first call for a base reads some hundred texts of no skill, which takes a minute or two on a small CPU; what
+        it makes of them is kept in the user's cache folder (`DYLORA_MOE_CACHE`).
+
+        Args:
+            rows: as `teach` takes them.
+            batch: one answer for all rows together, which are of one kind; far surer than one for each.
+            tokenizer: as of `teach`.
+            separator: as of `teach`.
+            false_alarm: the share of texts of the kinds taught that may be called new. Promised for texts like the
+                kept rows of all skills together, and possible from 1 / false_alarm − 1 of those on.
+
+        Returns:
+            a `Novelty` for each row, or one for all.
+
+        Raises:
+            ValueError: nothing was taught yet, or rows that cannot be used, see `teach`.
+        """
+        if not self.skills:
+            raise ValueError("no skill was taught yet, so that everything is new; call teach(name, rows) first.")
+        tokenizer, reading = self._reading(tokenizer, separator)
+        self.skills.check_reading(reading, "these rows were read")
+        read = read_rows(rows, tokenizer, reading.separator, bool(self.chat))
+        if self._background is None or self._background[0] != reading:
+            texts = read_rows(background_texts(), tokenizer, reading.separator, bool(self.chat))
+            self._background = (reading, background_views(reading, texts, self._views_of))
+        if self._detector is None or not self._detector.is_of(self.skills, self._background[1]):
+            self._detector = Detector(self.skills, self._background[1])
+        judge = self._detector.of_batch if batch else self._detector.of_rows
+        key = (reading, digest_of(read))
+        if self._viewed is None or self._viewed[0] != key:  # who asks of rows one by one asks of all together, too
+            self._viewed = (key, self._views_of(read))
+        return judge(self._viewed[1], false_alarm)
+
+    def _reading(
+        self, tokenizer: PreTrainedTokenizerBase | None, separator: str | None
+    ) -> tuple[PreTrainedTokenizerBase, Reading]:
+        """The tokenizer, and how rows are read with it; the latest are kept, because finding out takes a second."""
+        base = cast(PreTrainedModel, self.get_base_model())
         if separator is None:
             separator = SEPARATOR if self.skills.reading is None else self.skills.reading.separator
-        base = cast(PreTrainedModel, self.get_base_model())
-        reading = Reading.of(base, self.router_layer_index, tokenizer, separator, bool(self.chat))
-        library = self.skills.copy()
-        library.check_can_add(name, reading)
-        read = read_rows(rows, tokenizer, separator, bool(self.chat))
-        skill = self._skill_of(read, progress)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        taught = Teaching(now, source, digest_of(read), skill.rows, skill.tokens)
-        library.add(name, replace(skill, taught=(taught,)), reading)
-        self._put_skills(library)
+        which = (self.folder, self.base_name)
+        if tokenizer is not None:
+            which = (id(tokenizer), len(tokenizer), str(tokenizer.chat_template))
+        key = (which, separator, bool(self.chat), base.dtype, self.router_layer_index)
+        if self._read_as is None or self._read_as[0] != key:
+            tokenizer = self.tokenizer() if tokenizer is None else tokenizer
+            reading = Reading.of(base, self.router_layer_index, tokenizer, separator, bool(self.chat))
+            self._read_as = (key, tokenizer, reading)
+        return self._read_as[1:]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The one in the checkpoint's folder, else the base's.
@@ -889,18 +1000,29 @@ class DyLoraMoE(PeftModelForCausalLM):
             ) from error
 
     def _skill_of(self, rows: Sequence[Row], progress: Callable[[int], None] | None) -> Skill:
-        """What the bare base makes of some rows, each by itself."""
+        with self._states_of(rows, progress) as states:
+            return Skill.of(states, self.router.sizes[0])
+
+    def _views_of(self, rows: Sequence[Row]) -> RowViews:
+        with self._states_of(rows) as states:
+            return RowViews.of_each(states)
+
+    @contextmanager
+    def _states_of(
+        self, rows: Sequence[Row], progress: Callable[[int], None] | None = None
+    ) -> Iterator[Iterator[RowStates]]:
+        """What the bare base makes of some rows, each by itself, for the time of a `with` block."""
         base = cast(PreTrainedModel, self.get_base_model())
         where, window = (base, self.placement, self.router_layer_index), window_of(base)
 
-        def states() -> Iterator[Any]:
+        def states() -> Iterator[RowStates]:
             for number, row in enumerate(rows, start=1):
                 yield states_of(*where, row, window)
                 if progress is not None:
                     progress(number)
 
         with evaluating(self), self.hooks.calling(Call(experts="base")):
-            return Skill.of(states(), self.router.sizes[0])
+            yield states()
 
     def learn(self, rows: Iterable[str | Mapping[str, Any] | Example], name: str | None = None, **options: Any) -> Any:
         """Look at some rows, and where they are new, train an expert for them alone and teach the router.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dylora_moe.skills.library import COMPACT_ROWS, SkillLibrary
-from dylora_moe.skills.skill import ROWS_KEPT
+from dylora_moe.skills.skill import ROWS_KEPT, VIEWS
 from tiny import difference
 from topics import NAMES, READING, WIDTH, skill
 
@@ -165,15 +165,15 @@ def test_compact_keeps_fewer_rows():
 def test_size_of_a_hundred_skills_at_width_576():
     """What the tensors of a skill take, 100 times; the goal is 200 MB, 20 MB compact."""
     width, rows = 576, ROWS_KEPT
-    exact = 100 * (8 * width * (width + 1) // 2 + 8 * width + rows * (2 * 3 * width + 8 * 3))
+    exact = 100 * (8 * width * (width + 1) // 2 + 8 * width + rows * (2 * len(VIEWS) * width + 8 * 3))
     found = library("sql", rows=rows)
-    small = 8 * WIDTH * (WIDTH + 1) // 2 + 8 * WIDTH + rows * (2 * 3 * WIDTH + 8 * 3)
+    small = 8 * WIDTH * (WIDTH + 1) // 2 + 8 * WIDTH + rows * (2 * len(VIEWS) * WIDTH + 8 * 3)
     assert found.size == small  # the formula is that of the tensors
     assert exact < 200e6
     found.compact()
-    assert found.size == small - (rows - COMPACT_ROWS) * (2 * 3 * WIDTH + 8 * 3)  # one skill is its own pool
+    assert found.size == small - (rows - COMPACT_ROWS) * (2 * len(VIEWS) * WIDTH + 8 * 3)  # one skill is its own pool
     pooled = 8 * width * (width + 1) // 2
-    assert 100 * (8 * width + COMPACT_ROWS * (2 * 3 * width + 8 * 3)) + pooled < 20e6
+    assert 100 * (8 * width + COMPACT_ROWS * (2 * len(VIEWS) * width + 8 * 3)) + pooled < 20e6
 
 
 def test_confusion_counts_every_kept_row():
@@ -206,6 +206,10 @@ def test_plain_data_comes_back(compact):
             r"law.mean is torch.float32 \[12\]; expected",
         ),
         (lambda t, d: t.update({"law.scatter": t["law.scatter"][1:]}), r"expected torch.float64 \[78\]"),
+        (
+            lambda t, d: t.update({"law.row_views": t["law.row_views"][:, :3].clone()}),
+            r"has 3 views of each row; expected 4 \(prompt, completion, token, early\).*teach the skills anew",
+        ),
         (lambda t, d: t["law.mean"].fill_(float("nan")), "law.mean holds values that are not finite"),
         (lambda t, d: t.update(pool=t["law.scatter"]), "1 tensors belong to no skill, first pool"),
         (lambda t, d: d["skills"].pop("law"), "tensors belong to no skill, first law"),

@@ -47,11 +47,13 @@ class RowStates(NamedTuple):
         row: the text.
         states: float32 `[S-1, D]`.
         prompt: bool `[S-1]`, which of them are the prompt's.
+        early: float64 `[D]`, the mean of the prompt's states where they enter layer k // 2; of all for plain text.
     """
 
     row: Row
     states: Tensor
     prompt: Tensor
+    early: Tensor
 
 
 class _Reached(Exception):
@@ -69,8 +71,9 @@ def states_of(base: nn.Module, placement: Placement, k: int, row: Row, window: i
         window: longer rows are cut into windows of so many tokens, each read from its beginning.
     """
     found = [_enter(base, placement, k, part) for part in torch.tensor(list(row.ids)).split(window)]
-    states = normalised(torch.cat(found))[:-1].cpu()
-    return RowStates(row, states, torch.arange(len(states)) < row.prompt)
+    early, states = (normalised(torch.cat(windows))[:-1].cpu() for windows in zip(*found, strict=True))
+    prompt = torch.arange(len(states)) < row.prompt
+    return RowStates(row, states, prompt, early[prompt if prompt.any() else ~prompt].double().mean(0))
 
 
 def window_of(base: Any) -> int:
@@ -93,22 +96,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _enter(base: nn.Module, placement: Placement, k: int, ids: Tensor) -> Tensor:
-    """`[S, D]` of one window."""
+def _enter(base: nn.Module, placement: Placement, k: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`[S, D]` of one window where it enters layer k // 2, and where it enters layer k."""
     found: list[Tensor] = []
 
-    def before_layer(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def on_the_way(layer: nn.Module, args: tuple, kwargs: dict) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
+
+    def before_layer(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        on_the_way(layer, args, kwargs)
         raise _Reached
 
     def after_decoder(decoder: nn.Module, args: Any, output: Any) -> None:
         found.append(output.last_hidden_state)
         raise _Reached
 
+    layers = placement.layers(base)
+    handles = [layers[k // 2].register_forward_pre_hook(on_the_way, with_kwargs=True)]
     if k < placement.num_layers:
-        handle = placement.layers(base)[k].register_forward_pre_hook(before_layer, with_kwargs=True)
+        handles.append(layers[k].register_forward_pre_hook(before_layer, with_kwargs=True))
     else:
-        handle = placement.decoder(base).register_forward_hook(after_decoder)
+        handles.append(placement.decoder(base).register_forward_hook(after_decoder))
     ids = ids[None].to(next(base.parameters()).device)
     call: Any = base._call_impl  # past what `compile` put before it: a graph is left by no exception
     try:
@@ -116,5 +124,7 @@ def _enter(base: nn.Module, placement: Placement, k: int, ids: Tensor) -> Tensor
     except _Reached:
         pass
     finally:
-        handle.remove()
-    return placement.state_of(found[0])[0].detach()
+        for handle in handles:
+            handle.remove()
+    early, late = (placement.state_of(state)[0].detach() for state in found)
+    return early, late

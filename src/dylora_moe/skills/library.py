@@ -17,7 +17,7 @@ from .reading import Reading
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
 
-COMPACT_ROWS = 40
+COMPACT_ROWS = 36
 """Rows of a skill whose views a compact library keeps."""
 _MEAN, _SCATTER, _KEYS, _COUNTS, _VIEWS, _POOL = "mean", "scatter", "row_keys", "row_counts", "row_views", "pool"
 
@@ -82,7 +82,7 @@ class SkillLibrary(Mapping[str, Skill]):
 
     def check_can_add(self, name: str, reading: Reading) -> None:
         """Raise `ValueError` if rows that are read so cannot be added to the skill `name`."""
-        self._check_reading(reading, "these rows were read")
+        self.check_reading(reading, "these rows were read")
         if name in self._skills:
             self._check_open(name, "teach it again")
 
@@ -118,7 +118,7 @@ class SkillLibrary(Mapping[str, Skill]):
         """
         if other.reading is None:
             return
-        self._check_reading(other.reading, "the other's were read")
+        self.check_reading(other.reading, "the other's were read")
         for name in self._skills.keys() & other._skills.keys():
             self._check_open(name, "merge it with another")
             other._check_open(name, "merge it with another")
@@ -219,7 +219,12 @@ class SkillLibrary(Mapping[str, Skill]):
             scatter = None if compact else _take(left, f"{name}.{_SCATTER}", torch.float64, packed)
             keys = _take(left, f"{name}.{_KEYS}", torch.int64, (None,))
             counts = _take(left, f"{name}.{_COUNTS}", torch.int64, (len(keys), 2))
-            states = _take(left, f"{name}.{_VIEWS}", torch.float16, (len(keys), len(VIEWS), width))
+            states = _take(left, f"{name}.{_VIEWS}", torch.float16, (len(keys), None, width))
+            if states.shape[1] != len(VIEWS):
+                raise ValueError(
+                    f"{name}.{_VIEWS} has {states.shape[1]} views of each row; expected {len(VIEWS)} "
+                    f"({', '.join(VIEWS)}). It was made by another version: teach the skills anew."
+                )
             if tokens < 1 or rows < 1 or not weight > 0 or bool((counts < 0).any()) or bool((counts.sum(-1) < 1).any()):
                 raise ValueError(f"skill {name!r} has {tokens} tokens of {rows} rows; expected at least one.")
             sums, views = Sums(weight, mean, scatter), RowViews(keys, counts, states)
@@ -234,7 +239,8 @@ class SkillLibrary(Mapping[str, Skill]):
 
     # ------------------------------------------------------------------ checks
 
-    def _check_reading(self, other: Reading, what: str) -> None:
+    def check_reading(self, other: Reading, what: str) -> None:
+        """Raise `ValueError` if `what` (`"these rows were read"`) was done in another way than its texts."""
         if self.reading is not None and self.reading != other:
             raise ValueError(
                 f"the library's texts and {what} in another way ({'; '.join(self.reading.differences(other))}), so "

@@ -23,8 +23,9 @@ domains with 20 texts each 0.949 of the prompts and 0.933 of the completions wer
 """
 ROWS_KEPT = 100
 """Rows of a skill whose views are kept, by the lowest keys, so that any order of teaching keeps the same ones."""
-VIEWS = ("prompt", "completion", "token")
-"""What is kept of a row: the mean state of its prompt, of its completion, and one state of either, drawn by its key."""
+VIEWS = ("prompt", "completion", "token", "early")
+"""What is kept of a row: the mean state of its prompt, of its completion, one state of either, drawn by its key, and
+`RowStates.early`, the mean of its prompt half as deep."""
 
 
 class Teaching(NamedTuple):
@@ -73,7 +74,14 @@ class RowViews:
         means = [part.double().sum(0) / max(len(part), 1) for part in parts]
         token = row.states[row.row.key % len(row.states)].double()
         counts = torch.tensor([[len(part) for part in parts]])
-        return cls(torch.tensor([row.row.key]), counts, torch.stack([*means, token])[None].half())
+        return cls(torch.tensor([row.row.key]), counts, torch.stack([*means, token, row.early])[None].half())
+
+    @classmethod
+    def of_each(cls, rows: Iterable[RowStates]) -> RowViews:
+        """Those of at least one row, in the order in which they come."""
+        several = [cls.of(row) for row in rows]
+        keys, counts, states = ([getattr(one, name) for one in several] for name in ("keys", "counts", "states"))
+        return cls(torch.cat(keys), torch.cat(counts), torch.cat(states))
 
     @classmethod
     def joined(cls, several: Sequence[RowViews], keep: int = ROWS_KEPT) -> RowViews:

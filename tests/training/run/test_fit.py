@@ -16,14 +16,14 @@ TOKENIZER: Any = object()
 
 def mixture(kind: str) -> SimpleNamespace:
     taught: list[Any] = []
-    teach = lambda name, rows, tokenizer: taught.append((name, rows, tokenizer))  # noqa: E731
-    return SimpleNamespace(moe_config=SimpleNamespace(router_type=kind), teach=teach, taught=taught)
+    teach_many = lambda rows, tokenizer: taught.append((rows, tokenizer))  # noqa: E731
+    return SimpleNamespace(moe_config=SimpleNamespace(router_type=kind), teach_many=teach_many, taught=taught)
 
 
 def test_each_expert_is_taught_its_own_examples():
     model = mixture("closed_form")
     fit_router(model, EXAMPLES, TOKENIZER)
-    assert model.taught == [(name, rows, TOKENIZER) for name, rows in EXAMPLES.items()]
+    assert model.taught == [(EXAMPLES, TOKENIZER)]  # at once
 
 
 def test_a_router_that_is_trained_cannot_be_fitted():

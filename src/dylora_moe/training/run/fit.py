@@ -27,5 +27,4 @@ def fit_router(mixture: Any, examples: Mapping[str, Sequence[Example]], tokenize
             f"train.router: closed_form, but the mixture that the run goes on with has a router of the type {kind!r}, "
             "which is trained; set train.router: trained and router_steps."
         )
-    for name, rows in examples.items():
-        mixture.teach(name, rows, tokenizer=tokenizer)
+    mixture.teach_many(examples, tokenizer=tokenizer)

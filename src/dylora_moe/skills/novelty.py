@@ -1,0 +1,279 @@
+"""Whether texts are of a kind that a mixture was taught, or new.
+
+A text is seen by the means of its states: of its prompt where it enters layer k // 2 and layer k, and of its completion
+at k. For each such view a skill with mean μ_e of n rows is as far from x, the mean of m rows, as
+
+    ratio_e(x) = log (x − μ_e)ᵀ W⁻¹ (x − μ_e) / (1/m + 1/n) − log (x − μ)ᵀ T⁻¹ (x − μ)
+
+W is how rows vary within skills, T how all rows do around their mean μ, both shrunk (Ren et al. 2021, arXiv 2106.09022,
+take the difference instead of the logarithm's). The score is the mean over the views, of the skill where it is least.
+The rows of a background of generic texts count in W, T and μ like those of one more skill, but are no answer.
+
+What a score means is said by the scores of the kept rows, each with its own part taken out of means, W and T (exactly,
+for a given amount of shrinkage: Sherman, Morrison, Woodbury): p is the share of them that is as high, as in split
+conformal prediction (Vovk, Gammerman, Shafer 2005). Of texts like those taught, a share of at most p has so small a p.
+That is a rate over all skills together, not of each, and says nothing of how texts that are unlike any score.
+
+Shapes: N rows, C classes, which are E skills and the background, G groups of g rows, V views, D width of a state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .skill import VIEWS, RowViews, Skill
+
+KNOWN, RELATED, NEW, TOO_SHORT = "known", "related", "new", "too short to say"
+SHRINKAGE = 0.1
+"""Share of the mean variance that is added to every direction."""
+FALSE_ALARM = 0.01
+"""Share of known texts that are called new."""
+RELATED_WITHIN = 5
+"""Related is what would be new if so many times as many false alarms were allowed."""
+SHORT = 32
+"""Tokens below which a row is too short to be called new, if what its nearest skill was taught is twice as long."""
+DRAWS = 100
+"""Draws of rows of each skill by which a batch is judged."""
+_VIEWS = ("early", "prompt", "completion")
+
+logger = logging.getLogger(__name__)
+
+
+class Novelty(NamedTuple):
+    """What is said of a text, or of a batch of them.
+
+    Attributes:
+        answer: `KNOWN`, `RELATED`, `NEW` or `TOO_SHORT`.
+        skill: the nearest, whatever the answer.
+        p: the share of known texts that would look as new.
+        score: the higher the newer; of one library's only.
+    """
+
+    answer: str
+    skill: str
+    p: float
+    score: float
+
+    def __str__(self) -> str:
+        if self.answer == TOO_SHORT:
+            return self.answer
+        p = f"(p={self.p:.2g})"
+        return f"{self.answer} {p}" if self.answer == NEW else f"{self.answer}: {self.skill} {p}"
+
+
+class _Seen(NamedTuple):
+    """`means [·, V, D]` of rows or batches, float64, and of how many rows each is: `counts [·, V]`, 0 for none."""
+
+    means: Tensor
+    counts: Tensor
+
+
+class _Cloud(NamedTuple):
+    """Rows around centres: of their classes, or of all.
+
+    Attributes:
+        whiten: float64 `[D, D]`, by which x becomes one whose squared length is its distance.
+        centres: `[C, D]` (or `[1, D]`), whitened.
+        counts: `[C]` rows of each.
+        share: of one row in the covariance.
+    """
+
+    whiten: Tensor
+    centres: Tensor
+    counts: Tensor
+    share: float
+
+    @classmethod
+    def of(cls, rows: Tensor, classes: Tensor, count: int) -> _Cloud:
+        """Of `rows [N, D]` of the `classes [N]` 0 … count − 1, some of which may have none."""
+        counts = torch.bincount(classes, minlength=count)
+        centres = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes, rows) / counts.clamp(min=1)[:, None]
+        apart = rows - centres[classes]
+        share = 1 / max(len(rows) - int((counts > 0).sum()), 1)
+        covariance = apart.T @ apart * share
+        covariance.diagonal().add_(SHRINKAGE * (float(covariance.trace()) / len(covariance) or 1.0))
+        lower = torch.linalg.cholesky(covariance)
+        whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False).T
+        return cls(whiten.contiguous(), centres @ whiten, counts, share)
+
+    def distances(self, means: Tensor) -> Tensor:
+        """`[·, C]` of `means [·, D]`."""
+        return torch.cdist(means @ self.whiten, self.centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    def distances_without(self, groups: Tensor, own: int) -> Tensor:
+        """`[G, C]` of the means of `groups [G, g, D]` of rows of the class `own`, each with its rows taken out.
+
+        Of n rows n − g are left: what is taken out of the scatter is Σ_i u_i u_iᵀ + g² / (n − g) ū ūᵀ, where u_i are
+        the rows and ū their mean as seen from the centre, which moves by − g / (n − g) ū.
+        """
+        size, left = groups.shape[1], int(self.counts[own]) - groups.shape[1]
+        apart = groups @ self.whiten - self.centres[own]
+        mean = apart.mean(1, keepdim=True)
+        taken = torch.cat([apart, mean * (size / left**0.5)], dim=1) * self.share**0.5  # [G, g+1, D]
+        to_centres = mean + self.centres[own] - self.centres  # [G, C, D]
+        to_centres[:, own] = mean[:, 0] * (1 + size / left)
+        along = taken @ to_centres.mT
+        inner = torch.eye(size + 1, dtype=taken.dtype) - taken @ taken.mT
+        return to_centres.square().sum(-1) + (along * torch.linalg.solve(inner, along)).sum(1)
+
+
+class Detector:
+    """Tells new texts from known ones, for the skills of one library.
+
+    Attributes:
+        skills: name → skill, at least one.
+        background: views of texts of no skill.
+    """
+
+    def __init__(self, skills: Mapping[str, Skill], background: RowViews):
+        """Made of the skills' kept rows and those of the background."""
+        self.skills = dict(sorted(skills.items()))
+        self.background = background
+        self._rows = [_seen(views) for views in (*(skill.views for skill in self.skills.values()), background)]
+        self._lengths = [float(skill.views.counts.sum(-1).double().median()) for skill in self.skills.values()]
+        self._within, self._total = [], []
+        for view in range(len(_VIEWS)):
+            there = [rows.means[rows.counts[:, view] > 0, view] for rows in self._rows]
+            classes = torch.repeat_interleave(torch.tensor([len(rows) for rows in there]))
+            together = torch.cat(there)
+            self._within.append(_Cloud.of(together, classes, len(there)))
+            self._total.append(_Cloud.of(together, torch.zeros_like(classes), 1))
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def is_of(self, skills: Mapping[str, Skill], background: RowViews) -> bool:
+        """Whether it was made of these very objects, which never change."""
+        same = self.skills.keys() == skills.keys() and all(self.skills[name] is skills[name] for name in skills)
+        return same and self.background is background
+
+    def of_rows(self, views: RowViews, false_alarm: float = FALSE_ALARM) -> list[Novelty]:
+        """What is said of each row."""
+        return self._judge(_seen(views), views.counts.sum(-1).tolist(), 1, false_alarm)
+
+    def of_batch(self, views: RowViews, false_alarm: float = FALSE_ALARM) -> Novelty:
+        """What is said of all rows together, by the mean of their views.
+
+        It is compared with draws of as many rows of each skill, or of half of those kept. They overlap, so that the
+        rate of false alarms is nearly what was asked.
+        """
+        rows = _seen(views)
+        together = _Seen(_mean(rows)[None], rows.counts.sum(0, keepdim=True))
+        length = float(views.counts.sum(-1).double().mean())
+        return self._judge(together, [length], len(rows.means), false_alarm)[0]
+
+    def known_scores(self, size: int = 1, there: Tensor | None = None) -> Tensor:
+        """Float64 `[G]`: the scores of known rows, or draws of `size` of them, that had no part in what they met.
+
+        Args:
+            size: rows of one draw; each skill's are at most half of those that are kept.
+            there: bool `[V]`, the views by which they are scored; default all.
+        """
+        size = 1 << (size.bit_length() - 1)  # few sizes, so that they are kept
+        if size not in self._known:
+            self._known[size] = self._left_out(size)
+        ratios, usable = self._known[size]
+        scores, _ = _least(ratios, usable if there is None else usable & there[:, None])
+        return scores[scores.isfinite()]
+
+    def _judge(self, seen: _Seen, lengths: list[float], size: int, false_alarm: float) -> list[Novelty]:
+        if not 0 < false_alarm < 1:
+            raise ValueError(f"false_alarm={false_alarm}: expected a share between 0 and 1, for example 0.01.")
+        ratios = self._ratios(seen)
+        there = seen.counts > 0
+        scores, nearest = _least(ratios, there[..., None] & self._has)
+        p = torch.zeros_like(scores)
+        for kind in there.unique(dim=0):
+            known, same = self.known_scores(size, kind).sort().values, (there == kind).all(-1)
+            as_high = len(known) - torch.searchsorted(known, scores[same])
+            p[same] = (1 + as_high.double()) / (1 + len(known))
+            if 1 / (1 + len(known)) > false_alarm:
+                logger.warning(
+                    "by %d scores of known texts the rate of false alarms is at least %.2g, and %.2g was asked: "
+                    "nothing will be called new. Teach more rows, or ask for a higher rate.",
+                    *(len(known), 1 / (1 + len(known)), false_alarm),
+                )
+        names, found = list(self.skills), []
+        for skill, length, one_p, score in zip(nearest.tolist(), lengths, p.tolist(), scores.tolist(), strict=True):
+            if one_p > RELATED_WITHIN * false_alarm:
+                answer = KNOWN
+            elif length < SHORT and 2 * length < self._lengths[skill]:
+                answer = TOO_SHORT
+            else:
+                answer = RELATED if one_p > false_alarm else NEW
+            found.append(Novelty(answer, names[skill], one_p, score))
+        return found
+
+    @property
+    def _has(self) -> Tensor:
+        """Bool `[V, E]`: which skill has rows with which view."""
+        return torch.stack([cloud.counts[:-1] > 0 for cloud in self._within])
+
+    def _ratios(self, seen: _Seen) -> Tensor:
+        """Float64 `[·, V, E]`; anything where a view is missing."""
+        found = []
+        for view, (within, total) in enumerate(zip(self._within, self._total, strict=True)):
+            means = seen.means[:, view]
+            spread = 1 / seen.counts[:, view, None].clamp(min=1) + 1 / within.counts[:-1].clamp(min=1)
+            found.append((within.distances(means)[:, :-1] / spread).log() - total.distances(means).log())
+        return torch.stack(found, dim=1)
+
+    def _left_out(self, size: int) -> tuple[Tensor, Tensor]:
+        """Float64 `[G, V, E]` ratios of all draws, and bool which of them can be used."""
+        ratios, usable = [], []
+        for own, rows in enumerate(self._rows[:-1]):
+            draws = _draws(len(rows.means), size)
+            found = rows.means.new_zeros(len(draws), len(_VIEWS), len(self.skills))
+            can = torch.zeros(len(draws), len(_VIEWS), dtype=torch.bool)
+            for view, (within, total) in enumerate(zip(self._within, self._total, strict=True)):
+                there = rows.counts[draws, view] > 0
+                for number in there.sum(-1).unique().tolist():
+                    which, left = there.sum(-1) == number, int(within.counts[own]) - number
+                    if not number or left < 1:
+                        continue
+                    groups = rows.means[draws[which][there[which]], view].unflatten(0, (-1, number))
+                    counts = within.counts[:-1].clone()
+                    counts[own] = left
+                    spread = 1 / number + 1 / counts.clamp(min=1)
+                    distances = within.distances_without(groups, own)[:, :-1]
+                    found[which, view] = (distances / spread).log() - total.distances_without(groups, 0).log()
+                    can[which, view] = True
+            ratios.append(found)
+            usable.append(can[..., None] & self._has)
+        return torch.cat(ratios), torch.cat(usable)
+
+
+def _draws(count: int, size: int) -> Tensor:
+    """Int64 `[G, g]`: each of `count` rows by itself, or draws of `size`, or of half of them."""
+    if size == 1:
+        return torch.arange(count)[:, None]
+    size = max(min(size, count // 2), 1)
+    drawn = torch.Generator().manual_seed(0)
+    rounds = [torch.randperm(count, generator=drawn)[: count // size * size] for _ in range(DRAWS)]
+    return torch.cat(rounds).unflatten(0, (-1, size))[:DRAWS]
+
+
+def _least(ratios: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of those `[·, V, E]` that can be used: `[·]`, and of which skill they are; ∞ without any."""
+    number = usable.sum(1)
+    means = torch.where(usable, ratios, 0).sum(1) / number.clamp(min=1)
+    return means.masked_fill(number == 0, math.inf).min(-1)
+
+
+def _mean(rows: _Seen) -> Tensor:
+    """`[V, D]` of rows, each view's of those that have it."""
+    there = rows.counts > 0
+    return (rows.means * there[..., None]).sum(0) / there.sum(0).clamp(min=1)[:, None]
+
+
+def _seen(views: RowViews) -> _Seen:
+    """The views of rows by which they are told apart; the text as a whole is the prompt of one that has none."""
+    prompts, completions = (views.counts > 0).T
+    parts = {**dict(zip(VIEWS, views.states.double().unbind(1), strict=True)), "prompt": views.deciding}
+    means = torch.stack([parts[name] for name in _VIEWS], dim=1)
+    always = torch.ones_like(prompts)
+    return _Seen(means, torch.stack([always, always, prompts & completions], dim=1).long())
