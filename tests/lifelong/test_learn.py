@@ -226,7 +226,7 @@ def test_to_a_mixture_that_knows_nothing_everything_is_new():
 
 def test_moved_counts_kept_rows_that_go_elsewhere(model):
     before = model.skills
-    assert moved(before, before) == {name: (0, 6) for name in OLD}
+    assert moved(before, before) == dict.fromkeys(OLD, (0, 6))
     twin = mixture((*OLD, "twin"))
     teach(twin, *OLD)
     twin.teach("twin", texts(NAMES.index("law"), 6, seed=0), tiny_tokenizer())  # what is law is as much twin

@@ -30,7 +30,9 @@ console = Console(emoji=False)
 
 def learn(
     directory: Annotated[Path, typer.Argument(help="The mixture: a checkpoint folder.")],
-    data: Annotated[Path | None, typer.Argument(help="A file with rows: prompt and completion, messages, or text.")] = None,
+    data: Annotated[
+        Path | None, typer.Argument(help="A file with rows: prompt and completion, messages, or text.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the new expert; default the file's.")] = None,
     false_alarm: Annotated[
         float, typer.Option(min=0.0005, max=0.5, help="Share of the rows of known skills that may be called new.")
@@ -38,10 +40,14 @@ def learn(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look, and say what would be done.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Learn every row, also those of known skills.")] = False,
     watch: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Learn every file that comes into it.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="The highest; default 2e-3·√(8/rank).")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the new expert, alpha twice as much; default the mixture's.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the new expert, alpha twice as much; default the mixture's.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; longer texts are cut into pieces.")] = 1024,
     output: Annotated[Path | None, typer.Option(help="Write the grown mixture there; default in its place.")] = None,
     base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,

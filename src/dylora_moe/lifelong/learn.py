@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import PrinterCallback, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from dylora_moe.config import check_expert_name
