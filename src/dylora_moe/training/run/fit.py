@@ -8,10 +8,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example
+from dylora_moe.skills.reading import digest_of, read_rows
 
 
 def fit_router(mixture: Any, examples: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> None:
     """Teach each expert of a mixture with a router in closed form what it is for.
+
+    A frozen expert that was taught before stays as it is known, and rows that an expert was taught before do not count
+    twice.
 
     Args:
         mixture: its experts are trained.
@@ -27,4 +31,15 @@ def fit_router(mixture: Any, examples: Mapping[str, Sequence[Example]], tokenize
             f"train.router: closed_form, but the mixture that the run goes on with has a router of the type {kind!r}, "
             "which is trained; set train.router: trained and router_steps."
         )
-    mixture.teach_many(examples, tokenizer=tokenizer)
+    new = {name: rows for name, rows in examples.items() if not _is_known(mixture, name, rows, tokenizer)}
+    if new:
+        separator = next(row.separator for rows in new.values() for row in rows)
+        mixture.teach_many(new, tokenizer, separator)
+
+
+def _is_known(mixture: Any, name: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an expert was taught these rows, or all it will be."""
+    if name not in mixture.skills:
+        return False
+    digest = digest_of(read_rows(rows, tokenizer, chat=bool(mixture.chat)))
+    return name in mixture.frozen_experts or digest in {one.sha256 for one in mixture.skills[name].taught}
