@@ -31,7 +31,9 @@ def test_what_is_known_does_not_count_twice():
     fit_router(model, {name: EXAMPLES[name] for name in NAMES[:2]}, tokenizer)
     model.freeze_expert("law")
     other = examples_of(texts(NAMES.index("law"), 5, seed=1), " ")
-    fit_router(model, {**EXAMPLES, "law": other}, tokenizer)  # the same rows of sql, others of a frozen law, new of math
+    fit_router(
+        model, {**EXAMPLES, "law": other}, tokenizer
+    )  # the same rows of sql, others of a frozen law, new of math
     assert rows(model) == dict.fromkeys(NAMES[:3], 4)
     more = examples_of(texts(NAMES.index("sql"), 5, seed=1), " ")
     fit_router(model, {"sql": more}, tokenizer)
