@@ -41,7 +41,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def furnish_adapters(folder: Path, base: str) -> None:
-    """Put three strangers' adapters for `base` and their texts into `folder`."""
+    """Put three strangers' adapters for `base` and their texts into `folder`, and a file of another skill."""
     for rank, (name, targets) in enumerate(STRANGERS.items(), start=2):
         torch.manual_seed(rank)
         config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -51,6 +51,8 @@ def furnish_adapters(folder: Path, base: str) -> None:
         rows = [{"text": f"{name} text number {i}"} for i in range(20)]
         for file in (f"{name}.jsonl", f"{name}-test.jsonl"):
             (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dishes = [{"prompt": f"How long does dish {i} take?", "completion": f"{i} minutes."} for i in range(12)]
+    (folder / "cooking.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dishes))
 
 
 def furnish(folder: Path, base: str) -> None:
