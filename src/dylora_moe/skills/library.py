@@ -5,8 +5,10 @@ It goes with the experts (renamed, forgotten with them), is saved beside them an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import reduce
 from typing import Any
 
 import torch
@@ -109,6 +111,25 @@ class SkillLibrary(Mapping[str, Skill]):
         if new in self._skills:
             raise ValueError(f"the library has a skill {new!r} already.")
         self._skills = {new if name == old else name: skill for name, skill in self._skills.items()}
+
+    def unite(self, names: Sequence[str], name: str) -> None:
+        """Make one skill of several, as if all their rows had been taught to it.
+
+        Args:
+            names: of the skills; those that are not there count for nothing.
+            name: of the one skill.
+
+        Raises:
+            ValueError: there is another skill of this name, or one of several was compacted; nothing is changed.
+        """
+        if name in self._skills and name not in names:
+            raise ValueError(f"the library has a skill {name!r} already.")
+        parts = [each for each in names if each in self._skills]
+        for part in parts if len(parts) > 1 else ():
+            self._check_open(part, "merge it with another")
+        skills = [self._skills.pop(part) for part in parts]
+        if skills:
+            self._skills[name] = reduce(operator.add, skills)
 
     def merge(self, other: SkillLibrary) -> None:
         """Add all skills of another library; skills of the same name become one.
