@@ -1,4 +1,4 @@
-"""The command line: `dylora-moe train | compose | generate | inspect | report | bench | recipe`."""
+"""The command line: `dylora-moe train | compose | generate | inspect | report | bench | recipe`, and `keeping.py`'s."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 from .benchmark.command import bench
 from .failures import Verbose, one_message
+from .keeping import commands as keeping
 from .version import __version__
 
 if TYPE_CHECKING:  # whatever needs torch is imported by the command that uses it: help and completion answer at once
@@ -30,6 +31,7 @@ app = typer.Typer(
 recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 app.command()(bench)
+app.add_typer(keeping)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
 

@@ -79,6 +79,11 @@ def read_texts(ingredients: Sequence[Ingredient], separator: str = SEPARATOR) ->
     return texts
 
 
+def digest(file: Path) -> str:
+    """What to note of the file that rows are from."""
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
 def base_of(ingredients: Sequence[Ingredient]) -> str:
     """The base that all adapters name.
 
@@ -147,8 +152,8 @@ def compose(
     mixture.chat = any(row.form == "messages" for rows in texts.values() for row in rows) if chat is None else chat
     for ingredient in ingredients:
         told = None if progress is None else (lambda count, name=ingredient.name: progress(name, count))
-        digest = hashlib.sha256(ingredient.texts.read_bytes()).hexdigest()
-        mixture.teach(ingredient.name, texts[ingredient.name], tokenizer, separator, f"sha256:{digest}", told)
+        source = digest(ingredient.texts)
+        mixture.teach(ingredient.name, texts[ingredient.name], tokenizer, separator, source, told)
     mixture.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return mixture

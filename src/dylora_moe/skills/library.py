@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .closed_form import Fit, Pool, fit, left_out
 from .reading import Reading
+from .separation import nearest
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
 
@@ -180,6 +181,15 @@ class SkillLibrary(Mapping[str, Skill]):
             counts = torch.bincount(scores.argmax(-1), minlength=len(columns)).tolist()
             table[name] = dict(zip(columns, counts, strict=True))
         return table
+
+    def separation(self) -> dict[str, tuple[str, float]]:
+        """Skill → the one nearest to it and how far they are apart: below 2 they are the same (`separation.py`)."""
+        return nearest(self._skills)
+
+    def sizes(self) -> dict[str, int]:
+        """Skill → bytes of what is kept of it alone."""
+        tensors = self.tensors()
+        return {name: sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}.")) for name in self}
 
     # ------------------------------------------------------------------ as plain data
 
