@@ -1,4 +1,4 @@
-"""The command line: `dylora-moe train | compose | learn | generate | inspect | report | bench | recipe`."""
+"""The command line; `learn`, `bench` and the commands of `keeping.py` are defined where their work is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 
 from .benchmark.command import bench
 from .failures import Verbose, one_message
+from .keeping import commands as keeping
 from .lifelong.command import learn
 from .version import __version__
 
@@ -32,6 +33,7 @@ recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=
 app.add_typer(recipes, name="recipe")
 app.command()(bench)
 app.command()(learn)
+app.add_typer(keeping)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
 

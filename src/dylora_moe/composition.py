@@ -79,6 +79,11 @@ def read_texts(ingredients: Sequence[Ingredient], separator: str = SEPARATOR) ->
     return texts
 
 
+def digest(file: Path) -> str:
+    """What to note of the file that rows are from."""
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
 def base_of(ingredients: Sequence[Ingredient]) -> str:
     """The base that all adapters name.
 
@@ -145,8 +150,8 @@ def compose(
     mixture = DyLoraMoE.from_adapters(model, {each.name: each.adapter for each in ingredients}, config).eval()
     mixture.base_name = saved_name
     mixture.chat = any(row.form == "messages" for rows in texts.values() for row in rows) if chat is None else chat
-    digests = {each.name: f"sha256:{hashlib.sha256(each.texts.read_bytes()).hexdigest()}" for each in ingredients}
-    mixture.teach_many({name: texts[name] for name in digests}, tokenizer, separator, digests, progress)
+    sources = {each.name: digest(each.texts) for each in ingredients}
+    mixture.teach_many({name: texts[name] for name in sources}, tokenizer, separator, sources, progress)
     mixture.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return mixture

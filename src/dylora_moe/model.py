@@ -75,6 +75,7 @@ from .config import MoELoraConfig, check_expert_name, check_mixable
 from .data.examples import Example
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
 from .experts.export import fixed_mixture, stock_config
+from .experts.merge import Truncation, merged
 from .experts.tensors import ExpertTensor
 from .layers.groups import lay_out_experts
 from .layers.in_force import Generation, Holder
@@ -731,13 +732,15 @@ class DyLoraMoE(PeftModelForCausalLM):
     def _add_expert(
         self,
         name: str,
-        source: LoraConfig | str | Path | None,
+        source: LoraConfig | str | Path | Adapter | None,
         trainable: bool | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
         base = cast(PreTrainedModel, self.get_base_model())
         check_expert_name(name, taken=self.expert_names, base=base)
-        adapter = read_adapter(str(source), base, name) if isinstance(source, (str, Path)) else None
+        adapter = source if isinstance(source, Adapter) else None
+        if isinstance(source, (str, Path)):
+            adapter = read_adapter(str(source), base, name)
         config = self._fresh_config(cast(Any, source)) if adapter is None else adapter.config
         position = self.num_experts
         try:
@@ -786,6 +789,64 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.experts.drop(name, self.get_base_model())
         self.moe_config.set_experts(self.expert_names)
         self._refresh()
+
+    @in_turn
+    def merge_experts(
+        self,
+        names: Sequence[str],
+        rank: int,
+        name: str | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Truncation:
+        """Put one expert in the place of several: the best of a given rank for their weighted sum (`experts/merge.py`).
+
+        It comes last, has no dropout, and is frozen if all of them were. Their skills become one, as if it had been
+        taught all the rows, and a router in closed form is computed anew. A trained router has no row for it: it is
+        `new` until `start_routing`, unless it is the only expert.
+
+        Args:
+            names: at least two experts.
+            rank: R, of every layer; where the ranks that meet in a layer sum to no more, the merge is exact.
+            name: of the new expert, which may be one of the old ones; default the old ones' joined by `_`.
+            weights: of each, any finite values; default 1 / number of experts.
+
+        Returns:
+            how much was cut off, over all and by layer.
+
+        Raises:
+            ValueError: unknown experts or fewer than two, a name that is taken, weights that do not fit, a rank that is
+                no positive integer, a DoRA expert (its output is not linear in its weight), a skill that was compacted,
+                or that no routed expert would be left. Nothing is changed.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        for each in names:
+            self.experts.check_known(each)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"names={names}: at least two different experts are needed to merge.")
+        name = "_".join(names) if name is None else name
+        if name not in names:
+            check_expert_name(name, taken=self.expert_names, base=self.get_base_model())
+        weights = [1 / len(names)] * len(names) if weights is None else list(weights)
+        if len(weights) != len(names):
+            raise ValueError(f"weights={weights}: {len(names)} are needed, one for each of {', '.join(names)}.")
+        state = self.experts.state_instead_of(names, self.router.computed, self.moe_config.route_to_base)
+        library = self.skills.copy()
+        library.unite(names, name)
+        configs = {each: self.lora_config(each) for each in names}
+        by_name = dict(zip(names, weights, strict=True))
+        config, tensors, truncation = merged(self.experts, configs, by_name, rank, self.base_name)
+        trainable = not self.experts.frozen.issuperset(names)
+        place = name
+        while place in self.expert_names:  # the old ones go when the new one is there
+            place += "_"
+        self._add_expert(place, Adapter(config, tensors), trainable)
+        for each in names:
+            self._drop(each)
+        if place != name:
+            self.rename_expert(place, name)
+        self.experts.states[name] = state
+        self._put_skills(library)
+        return truncation
 
     @in_turn
     def rename_expert(self, old: str, new: str) -> None:

@@ -128,8 +128,7 @@ class ExpertSet:
                 merged into the base.
         """
         self.check_known(name)
-        if self.is_merged(name):
-            raise ValueError(f"expert {name!r} is merged into the base's weights; call unmerge_adapter() first.")
+        self._check_not_merged(name)
         rest = {other: state for other, state in self.states.items() if other != name}
         if not rest:
             raise ValueError(f"{name!r} is the only expert; a mixture needs at least one.")
@@ -139,6 +138,34 @@ class ExpertSet:
                 "call start_routing() for one of them first, or teach it with a closed-form router."
             )
         return rest
+
+    def state_instead_of(self, names: Sequence[str], computed: bool, base_route: bool) -> str:
+        """The state of one expert that comes in the place of several.
+
+        Args:
+            names: of those that go.
+            computed: whether the router is computed from skills, which then decide.
+            base_route: whether the router chooses even where there is only one expert.
+
+        Raises:
+            ValueError: one is merged into the base, or no routed expert would be left.
+        """
+        for name in names:
+            self._check_not_merged(name)
+        rest = {name: state for name, state in self.states.items() if name not in names}
+        if not rest and not base_route:
+            return ROUTED
+        if not computed and ROUTED not in rest.values():
+            raise ValueError(
+                f"a trained router has no row for what {', '.join(names)} are merged to, and no other expert is routed "
+                f"({', '.join(rest) or 'none is left'}); call start_routing() for another one first, or write the sum "
+                "with export_mixture."
+            )
+        return NEW
+
+    def _check_not_merged(self, name: str) -> None:
+        if self.is_merged(name):
+            raise ValueError(f"expert {name!r} is merged into the base's weights; call unmerge_adapter() first.")
 
     def drop(self, name: str, base: nn.Module) -> None:
         """Forget an expert, as far as it was added, and take its parts out of the layers of `base`."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .expert_set import ExpertSet
 
+A_PARTS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+"""How the keys of A end in a stock adapter, and of the B that belongs to it."""
+
 
 def stock_config(experts: ExpertSet, name: str, config: LoraConfig, base_name: str | None) -> LoraConfig:
     """The configuration of one expert as it is written to a stock adapter's folder."""
@@ -41,6 +44,21 @@ def fixed_mixture(
     Raises:
         ValueError: an unknown expert, a weight that is not finite, or a DoRA expert (its output is not linear).
     """
+    tensors = concatenated(experts, configs, weights)
+    return adapter_config(experts, tensors, base_name), tensors
+
+
+def concatenated(
+    experts: ExpertSet,
+    configs: Mapping[str, LoraConfig],
+    weights: Mapping[str, float],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `fixed_mixture` by stock key; the scalings are inside B.
+
+    Args: as there, and
+        dtype: of the tensors and of what is computed for them; default the experts' own.
+    """
     if not weights:
         raise ValueError("weights={}: name at least one expert.")
     for name, value in weights.items():
@@ -49,8 +67,11 @@ def fixed_mixture(
             raise ValueError(f"weight of {name!r} is {value}; it must be finite.")
         if configs[name].use_dora:
             raise ValueError(f"expert {name!r} uses DoRA, whose output is not linear in its weight.")
+
+    def value(parameter: Tensor) -> Tensor:
+        return parameter.data if dtype is None else parameter.data.to(dtype)
+
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
     any_bias = any(configs[name].lora_bias for name in weights)
     for layer in experts.layers:
         present = [name for name in weights if name in layer.lora_A or name in layer.lora_embedding_A]
@@ -64,29 +85,39 @@ def fixed_mixture(
                     f"{path} is an embedding, and PEFT knows no adapter with lora_bias on embeddings: an expert "
                     "with lora_bias cannot go into one adapter with an expert on the embeddings."
                 )
-            A = torch.cat([layer.lora_embedding_A[name].data for name in present])
-            B = torch.cat([g * layer.lora_embedding_B[n].data for g, n in zip(gates, present, strict=True)], 1)
+            A = torch.cat([value(layer.lora_embedding_A[name]) for name in present])
+            B = torch.cat([g * value(layer.lora_embedding_B[n]) for g, n in zip(gates, present, strict=True)], 1)
             tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = A, B
         else:
-            A = torch.cat([layer.lora_A[name].weight.data for name in present])
-            B = torch.cat([g * layer.lora_B[n].weight.data for g, n in zip(gates, present, strict=True)], 1)
+            A = torch.cat([value(layer.lora_A[name].weight) for name in present])
+            B = torch.cat([g * value(layer.lora_B[n].weight) for g, n in zip(gates, present, strict=True)], 1)
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A, B
             if any_bias:
                 bias = B.new_zeros(B.shape[0])
                 for gate, name in zip(gates, present, strict=True):
                     if layer.lora_B[name].bias is not None:
-                        bias += gate * layer.lora_B[name].bias.data
+                        bias += gate * value(layer.lora_B[name].bias)
                 tensors[f"{prefix}.lora_B.bias"] = bias
-        ranks[path] = A.shape[0]
+    return tensors
+
+
+def adapter_config(experts: ExpertSet, tensors: Mapping[str, Tensor], base_name: str | None) -> LoraConfig:
+    """The configuration of one LoRA with these `tensors` by stock key, on layers of `experts`, with a scaling of 1."""
+    ranks = {
+        layer.routing_name: len(tensors[key])
+        for layer in experts.layers
+        for part in A_PARTS
+        if (key := f"base_model.model.{layer.routing_name}.{part}") in tensors
+    }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {path: r for path, r in ranks.items() if r != rank}
-    config = LoraConfig(
+    return LoraConfig(
         r=rank,
-        lora_alpha=rank,  # the scalings are inside B
+        lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=sorted(ranks),
-        lora_bias=any_bias,
+        lora_bias=any(key.endswith(".lora_B.bias") for key in tensors),
         fan_in_fan_out=any(
             getattr(layer, "fan_in_fan_out", False) for layer in experts.layers if layer.routing_name in ranks
         ),
@@ -94,4 +125,3 @@ def fixed_mixture(
         base_model_name_or_path=base_name,
         inference_mode=True,
     )
-    return config, tensors

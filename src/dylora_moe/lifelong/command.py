@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import time
@@ -62,13 +61,18 @@ def learn(
 
     Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
     """
+    from dylora_moe.checkpoint.mixture import CONFIG_FILE
+
     if (data is None) == (watch is None):
         raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
+    if output is not None and (output / CONFIG_FILE).exists():
+        raise ValueError(f"--output {output} holds a mixture already; choose another folder.")
     from dylora_moe.session import Session
     from dylora_moe.training.run.lock import FolderLock
 
     with FolderLock(output or directory).hold():
         session = Session(directory, base=base)
+        session.model.chat = session.chat  # older checkpoints say it in a recipe
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
         how |= {"max_length": max_length, "seed": seed, "rank": rank}
         asked = (false_alarm, everything, dry_run, output or directory, how)
@@ -94,6 +98,7 @@ def _learn_file(
     how: dict[str, Any],
 ) -> None:
     """Learn one file, and save the mixture."""
+    from dylora_moe.composition import digest
     from dylora_moe.config import check_expert_name
     from dylora_moe.data.section import DataRecipe
     from dylora_moe.data.sources import load_examples
@@ -110,7 +115,7 @@ def _learn_file(
     check_expert_name(name, taken=mixture.expert_names, base=mixture.get_base_model())
     separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
     rows = load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    source = digest(file)
     if dry_run:
         with console.status(f"Looking at {len(rows)} rows"):
             seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
@@ -119,7 +124,7 @@ def _learn_file(
         count = len(seen.examples if everything else seen.new)
         _say(f"Dry run: {doing or f'an expert {name!r} would be trained on {count} rows'}.")
         return
-    work = target / WORK / f"{name}-{digest[:12]}"
+    work = target / WORK / f"{name}-{source.rpartition(':')[2][:12]}"
     learned = run(
         mixture,
         rows,
@@ -128,7 +133,7 @@ def _learn_file(
         separator,
         false_alarm,
         everything,
-        f"sha256:{digest}",
+        source,
         _training(mixture, work, how),
     )
     _show(learned.look)
@@ -175,18 +180,20 @@ def _report(learned: Learned, target: Path, seconds: float) -> None:
 
 def _watch(session: Session, folder: Path, *asked: Any) -> None:
     """Learn the files of a folder as they come, until interrupted."""
+    from dylora_moe.composition import digest
     from dylora_moe.data.section import FILE_SUFFIXES
 
     done: set[str] = set()
     _say(f"Watching {folder}; stop with Ctrl-C.")
     while True:
         for file in sorted(folder.iterdir()):
-            digest = _digest_when_whole(file) if file.name.endswith(FILE_SUFFIXES) else None
-            if digest is None or digest in done:
+            if not file.name.endswith(FILE_SUFFIXES) or time.time() - file.stat().st_mtime < 1.0:
+                continue  # one that was written to a moment ago may still grow
+            source = digest(file)
+            if source in done:
                 continue
-            done.add(digest)
-            taught = {teaching.source for skill in session.model.skills.values() for teaching in skill.taught}
-            if f"sha256:{digest}" in taught:
+            done.add(source)
+            if source in {one.source for skill in session.model.skills.values() for one in skill.taught}:
                 _say(f"{file.name} was learnt before.")
                 continue
             try:
@@ -194,13 +201,6 @@ def _watch(session: Session, folder: Path, *asked: Any) -> None:
             except ValueError as error:  # one file that cannot be used does not end the watch
                 _say(f"{file.name}: {error}")
         time.sleep(SECONDS)
-
-
-def _digest_when_whole(file: Path) -> str | None:
-    """The hash of a file that nobody has written to for a moment; None for one that is still growing."""
-    if time.time() - file.stat().st_mtime < 1.0:
-        return None
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -5,8 +5,10 @@ It goes with the experts (renamed, forgotten with them), is saved beside them an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .closed_form import Fit, Pool, fit, left_out
 from .reading import Reading
+from .separation import nearest
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
 
@@ -110,6 +113,25 @@ class SkillLibrary(Mapping[str, Skill]):
             raise ValueError(f"the library has a skill {new!r} already.")
         self._skills = {new if name == old else name: skill for name, skill in self._skills.items()}
 
+    def unite(self, names: Sequence[str], name: str) -> None:
+        """Make one skill of several, as if all their rows had been taught to it.
+
+        Args:
+            names: of the skills; those that are not there count for nothing.
+            name: of the one skill.
+
+        Raises:
+            ValueError: there is another skill of this name, or one of several was compacted; nothing is changed.
+        """
+        if name in self._skills and name not in names:
+            raise ValueError(f"the library has a skill {name!r} already.")
+        parts = [each for each in names if each in self._skills]
+        for part in parts if len(parts) > 1 else ():
+            self._check_open(part, "merge it with another")
+        skills = [self._skills.pop(part) for part in parts]
+        if skills:
+            self._skills[name] = reduce(operator.add, skills)
+
     def merge(self, other: SkillLibrary) -> None:
         """Add all skills of another library; skills of the same name become one.
 
@@ -159,6 +181,15 @@ class SkillLibrary(Mapping[str, Skill]):
             counts = torch.bincount(scores.argmax(-1), minlength=len(columns)).tolist()
             table[name] = dict(zip(columns, counts, strict=True))
         return table
+
+    def separation(self) -> dict[str, tuple[str, float]]:
+        """Skill → the one nearest to it and how far they are apart: below 2 they are the same (`separation.py`)."""
+        return nearest(self._skills)
+
+    def sizes(self) -> dict[str, int]:
+        """Skill → bytes of what is kept of it alone."""
+        tensors = self.tensors()
+        return {name: sum(t.nbytes for key, t in tensors.items() if key.startswith(f"{name}.")) for name in self}
 
     # ------------------------------------------------------------------ as plain data
 
