@@ -22,7 +22,18 @@ except SystemExit:
     pass
 """
 SEEN = f"print('loaded:', [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
-HELPS = ([], ["train"], ["compose"], ["generate"], ["inspect"], ["report"], ["bench"], ["recipe"], ["recipe", "check"], ["merge"])
+HELPS = (
+    [],
+    ["train"],
+    ["compose"],
+    ["generate"],
+    ["inspect"],
+    ["report"],
+    ["bench"],
+    ["recipe"],
+    ["recipe", "check"],
+    ["merge"],
+)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
