@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.cli import app, main
 from dylora_moe.training.run.lock import FolderLock
-from tinybase import save_tiny_base, tiny_base, tiny_tokenizer
+from tinybase import tiny_base, tiny_tokenizer
 from topics import NAMES, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+LAYERS = 2
 FOUR = NAMES[:4]
 OTHERS = ("sql", "math")
 
@@ -38,7 +39,10 @@ def made(base: str, names: tuple[str, ...] = FOUR, taught: tuple[str, ...] = FOU
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
+    folder = tmp_path_factory.mktemp("base")
+    tiny_base(LAYERS).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +156,15 @@ def test_merge(mixture):
     assert "relative error 0.0000" in run("merge", mixture, "query", "math", "--rank", 3)
 
 
-def test_rename_and_freeze(mixture):
-    before = outputs(loaded(mixture), "law")[0]
+def test_rename_and_freeze_and_what_else_is_in_the_folder_stays(mixture):
+    before, files = outputs(loaded(mixture), "law")[0], contents(mixture)
     assert "law → legal" in run("rename", mixture, "law", "legal")
+    own = {"moe_config.json", "README.md", "skills.json", "skills.safetensors"}
+    kept = {name for name in files if name not in own and not name.startswith("law/")}
+    assert {"results.json", "tokenizer.json", "router.safetensors", "sql/adapter_model.safetensors"} <= kept
+    after = contents(mixture)
+    assert {name: after[name] for name in kept} == {name: files[name] for name in kept}
+    assert not [name for name in after if name.startswith((".", "law/"))]
     assert "legal is frozen" in run("freeze", mixture, "legal")
     model = loaded(mixture)
     assert model.expert_names == ["sql", "legal", "math", "chat"]
@@ -163,17 +173,6 @@ def test_rename_and_freeze(mixture):
     assert torch.equal(outputs(model, "legal")[0], before)
     assert "legal is trainable" in run("freeze", mixture, "legal", "--thaw")
     assert loaded(mixture).frozen_experts == set()
-
-
-def test_what_else_is_in_the_folder_stays(mixture):
-    before = contents(mixture)
-    run("rename", mixture, "law", "legal")
-    after = contents(mixture)
-    own = {"moe_config.json", "README.md", "skills.json", "skills.safetensors"}
-    kept = {name for name in before if name not in own and not name.startswith("law/")}
-    assert {"results.json", "tokenizer.json", "router.safetensors", "sql/adapter_model.safetensors"} <= kept
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
-    assert not [name for name in after if name.startswith((".", "law/"))]
 
 
 def test_output_leaves_the_folder_as_it_was(mixture, tmp_path):
@@ -218,7 +217,7 @@ def test_remove_leaves_the_other_rows(mixture):
     before = loaded(mixture).router.state_dict()
     assert "law was removed" in run("remove", mixture, "law")
     model = loaded(mixture)
-    assert torch.equal(model.router.weight, before["weight"][[0, 2, 3]])
+    assert torch.equal(model.router.get_parameter("weight"), before["weight"][[0, 2, 3]])
     assert set(model.skills) == {"sql", "math"}
 
 
@@ -252,12 +251,12 @@ def test_a_trained_router_is_left_alone(base, tmp_path):
     assert "sql_law is new" in run("merge", tmp_path / "mixture", "sql", "law", "--rank", 2)
     model = loaded(tmp_path / "mixture")
     assert model.expert_states == {"math": "routed", "chat": "routed", "sql_law": "new"}
-    assert torch.equal(model.router.up[:2], before["up"][2:])
+    assert torch.equal(model.router.get_parameter("up")[:2], before["up"][2:])
 
 
 def test_export_and_import(mixture, base, tmp_path):
     run("export", mixture, "law", tmp_path / "law")
-    stock = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "law")).eval()
+    stock = PeftModel.from_pretrained(tiny_base(LAYERS), str(tmp_path / "law")).eval()
     with torch.no_grad():
         assert torch.equal(stock(ids()).logits, outputs(loaded(mixture), "law")[0])
     before = loaded(mixture).router.state_dict()
@@ -266,7 +265,7 @@ def test_export_and_import(mixture, base, tmp_path):
     assert "tax is new" in shown
     model = loaded(mixture)
     assert (model.expert_states["tax"], "tax" in model.frozen_experts) == ("new", True)
-    assert torch.equal(model.router.weight[:4], before["weight"])
+    assert torch.equal(model.router.get_parameter("weight")[:4], before["weight"])
     shown = run("import", mixture, "code", tmp_path / "law", "--texts", write_rows(tmp_path / "code.jsonl", 4))
     assert "code was taught 6 rows" in shown
     assert "is new" not in shown
@@ -275,10 +274,9 @@ def test_export_and_import(mixture, base, tmp_path):
 
 def test_an_adapter_for_another_base_changes_nothing(mixture, tmp_path):
     torch.manual_seed(0)
-    get_peft_model(tiny_base(2), LoraConfig(r=2, target_modules=["lm_head"])).save_pretrained(tmp_path / "odd")
-    (tmp_path / "odd" / "adapter_model.safetensors").write_bytes(b"")
+    get_peft_model(tiny_base(3), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "odd")
     before = contents(mixture)
-    with pytest.raises(ValueError, match="truncated or damaged"):
+    with pytest.raises(ValueError, match="tensors that this LlamaForCausalLM does not have"):
         run("import", mixture, "tax", tmp_path / "odd")
     assert contents(mixture) == before
 
@@ -289,8 +287,6 @@ def test_an_adapter_for_another_base_changes_nothing(mixture, tmp_path):
         (["merge", "DIR", "sql", "lax", "--rank", "2"], "unknown expert 'lax'; the experts are sql, law, math, chat"),
         (["merge", "DIR", "sql", "law", "--rank", "2", "--weights", "a,b"], "--weights 'a,b': numbers separated by"),
         (["rename", "DIR", "law", "sql"], "expert 'sql' exists already; the experts are sql, law, math, chat"),
-        (["remove", "DIR", "lax"], "unknown expert 'lax'"),
-        (["forget", "DIR", "lax"], "unknown expert 'lax'"),
         (["import", "DIR", "tax", "./adapter"], "no such folder"),
         (["import", "DIR", "tax", "adapter", "--texts", "gone.jsonl"], "no file 'gone.jsonl'"),
         (["rename", "nowhere", "law", "x"], "nowhere: no such folder"),
@@ -350,6 +346,6 @@ def test_what_fails_while_saving_leaves_the_old_mixture_whole(mixture, monkeypat
 
 
 def test_another_base_is_heeded(mixture, base, tmp_path):
-    moved = save_tiny_base(tmp_path / "moved")
+    moved = shutil.copytree(base, tmp_path / "moved")
     run("freeze", mixture, "law", "--base", moved)
-    assert loaded(mixture).base_name == moved
+    assert loaded(mixture).base_name == str(moved)

@@ -108,6 +108,34 @@ def test_texts_that_were_read_otherwise_do_not_mix(field):
     assert list(found) == ["sql"]
 
 
+def test_united_skills_are_one_that_was_taught_all_rows():
+    found, expected = library(), library("math", "chat", "code")
+    for name in ("law", "sql"):
+        expected.add("query", skill(100 * NAMES.index(name)), READING)
+    found.unite(["sql", "law", "never"], "query")
+    assert_same_sums(found, expected)
+    assert_same_router(found, expected)
+    assert found["query"].rows == 10
+    with pytest.raises(ValueError, match="has a skill 'chat' already"):
+        found.unite(["math", "code"], "chat")
+    found.unite(["query", "code"], "code")
+    assert set(found) == {"math", "chat", "code"}
+    found.compact()
+    with pytest.raises(ValueError, match="'math' is compact"):
+        found.unite(["math", "chat"], "chat")
+    assert set(found) == {"math", "chat", "code"}
+    found.unite(["math", "never"], "maths")  # one alone is only renamed
+    assert "maths" in found
+
+
+def test_separation_and_sizes_are_by_skill():
+    found = library()
+    assert set(found.separation()) == set(found.sizes()) == set(NAMES)
+    assert sum(found.sizes().values()) == found.size
+    found.compact()
+    assert found.size - sum(found.sizes().values()) == found.pool.scatter.nbytes  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def test_merging_with_nothing_changes_nothing():
     found = library()
     found.merge(SkillLibrary())

@@ -68,7 +68,7 @@ def concatenated(
         if configs[name].use_dora:
             raise ValueError(f"expert {name!r} uses DoRA, whose output is not linear in its weight.")
 
-    def value(parameter: Tensor) -> Tensor:
+    def computed(parameter: Tensor) -> Tensor:
         return parameter.data if dtype is None else parameter.data.to(dtype)
 
     tensors: dict[str, Tensor] = {}
@@ -85,18 +85,18 @@ def concatenated(
                     f"{path} is an embedding, and PEFT knows no adapter with lora_bias on embeddings: an expert "
                     "with lora_bias cannot go into one adapter with an expert on the embeddings."
                 )
-            A = torch.cat([value(layer.lora_embedding_A[name]) for name in present])
-            B = torch.cat([g * value(layer.lora_embedding_B[n]) for g, n in zip(gates, present, strict=True)], 1)
+            A = torch.cat([computed(layer.lora_embedding_A[name]) for name in present])
+            B = torch.cat([g * computed(layer.lora_embedding_B[n]) for g, n in zip(gates, present, strict=True)], 1)
             tensors[f"{prefix}.lora_embedding_A"], tensors[f"{prefix}.lora_embedding_B"] = A, B
         else:
-            A = torch.cat([value(layer.lora_A[name].weight) for name in present])
-            B = torch.cat([g * value(layer.lora_B[n].weight) for g, n in zip(gates, present, strict=True)], 1)
+            A = torch.cat([computed(layer.lora_A[name].weight) for name in present])
+            B = torch.cat([g * computed(layer.lora_B[n].weight) for g, n in zip(gates, present, strict=True)], 1)
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A, B
             if any_bias:
                 bias = B.new_zeros(B.shape[0])
                 for gate, name in zip(gates, present, strict=True):
                     if layer.lora_B[name].bias is not None:
-                        bias += gate * value(layer.lora_B[name].bias)
+                        bias += gate * computed(layer.lora_B[name].bias)
                 tensors[f"{prefix}.lora_B.bias"] = bias
     return tensors
 
