@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=32)
-    parser.add_argument("--max-length", type=int, default=160)
+    parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--matrix", action="store_true", help="score all tasks so far after every stage")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/lifelong.md")
