@@ -100,7 +100,7 @@ def table(folder: Path, suite: str, order: int, seeds: Sequence[int]) -> str:
         done = [course for course in courses if course.complete(ran)]
         if not done:
             stages = max((len(course.cells[ran]) for course in courses), default=0)
-            of = f"stopped after {stages} of {len(courses[0].tasks)} tasks" if stages else "not run"
+            of = f"not run beyond task {stages} of {len(courses[0].tasks)}" if stages else "not run"
             lines.append(f"| {title} | 0 | {of} |{' |' * (len(COLUMNS) - 1)}")
             continue
         every = [course.numbers(method) for course in done]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import cells
+import scoring
 from dylora_moe.data.examples import Example, encode
 from methods import METHODS, Budget, Ours
 from scoring import label_losses, rouge_l, score
@@ -30,12 +31,14 @@ def course(tmp_path_factory):
     base = save_tiny_base(folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tasks = read_tasks("small", 1, None, tokenizer, rows=12, held_out=6, max_length=64, seed=0)
-    budget = Budget(steps=3, batch=4, rank=2, wide=4)
+    budget = Budget(steps=2, batch=4, rank=2, wide=2)
     name, noted = course_name("small", 1, 0), {"rows": 12}
     made = cells.Course(name, tasks, base, tokenizer, budget, folder / "results", folder / "work", noted)
-    for method in METHODS:
-        made.run(method)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "NEW_TOKENS", 2)
+        for method in METHODS:
+            made.run(method)
+        yield made
 
 
 def cell(course, method: str, stage: int) -> dict:
@@ -62,14 +65,14 @@ def test_an_expert_that_is_forced_forgets_nothing_bit_for_bit(course):
 
 def test_the_learning_rate_is_the_best_of_three_around_the_rule(course):
     assert Budget(rank=8, rate=2e-3).rates(32) == pytest.approx([0.5e-3, 1e-3, 2e-3])
-    for method, rank in (("sequential", 4), ("replay", 4), ("joint", 4), ("olora", 2)):
-        tried = [json.loads(file.read_text()) for file in course.results.glob(f"{course.name}-rate-r{rank}-*.json")]
-        assert len(tried) == 3
+    tried = [json.loads(file.read_text()) for file in course.results.glob(f"{course.name}-rate-r2-*.json")]
+    assert len(tried) == 3
+    for method in ("sequential", "replay", "joint", "olora"):
         assert cell(course, method, 2)["rate"] == min(tried, key=lambda one: one["loss"])["rate"]
     assert cell(course, "ours", 2)["rate"] == course.budget.rate
 
 
-@pytest.mark.parametrize("method", ["ours", "olora", "joint"])
+@pytest.mark.parametrize("method", ["ours", "joint"])
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(course, method, tmp_path, monkeypatch):
     again = replace(course, results=tmp_path / "results", work=tmp_path / "work")
     for file in course.results.glob(f"{course.name}-rate-*.json"):
@@ -158,7 +161,7 @@ def test_table_and_figure_mark_what_was_not_run(course, tmp_path):
             (tmp_path / file.name).write_text(file.read_text())
     rows = {line.split(" | ")[0].strip("| "): line for line in table(tmp_path, "small", 1, [0]).splitlines()}
     assert "not run" in rows["one LoRA, all tasks at once"]
-    assert "stopped after 2 of 3 tasks" in rows["one LoRA, 2 % replayed"]
+    assert "not run beyond task 2 of 3" in rows["one LoRA, 2 % replayed"]
     assert " 0.0 |" in rows["ours, own expert forced"]
     figure(course.results, "small", 1, 0).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
