@@ -1017,17 +1017,32 @@ class DyLoraMoE(PeftModelForCausalLM):
             raise ValueError("no skill was taught yet, so that everything is new; call teach(name, rows) first.")
         tokenizer, reading = self._reading(tokenizer, separator)
         self.skills.check_reading(reading, "these rows were read")
-        read = read_rows(rows, tokenizer, reading.separator, bool(self.chat))
         if self._background is None or self._background[0] != reading:
             texts = read_rows(background_texts(), tokenizer, reading.separator, bool(self.chat))
             self._background = (reading, background_views(reading, texts, self._views_of))
         if self._detector is None or not self._detector.is_of(self.skills, self._background[1]):
             self._detector = Detector(self.skills, self._background[1])
         judge = self._detector.of_batch if batch else self._detector.of_rows
+        return judge(self.views(rows, tokenizer, separator), false_alarm)
+
+    @in_turn
+    def views(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+    ) -> RowViews:
+        """What `novelty` sees of some texts: means of their states. Those of the latest rows are kept.
+
+        Args:
+            rows, tokenizer, separator: as of `teach`.
+        """
+        tokenizer, reading = self._reading(tokenizer, separator)
+        read = read_rows(rows, tokenizer, reading.separator, bool(self.chat))
         key = (reading, digest_of(read))
-        if self._viewed is None or self._viewed[0] != key:  # who asks of rows one by one asks of all together, too
+        if self._viewed is None or self._viewed[0] != key:
             self._viewed = (key, self._views_of(read))
-        return judge(self._viewed[1], false_alarm)
+        return self._viewed[1]
 
     def _reading(
         self, tokenizer: PreTrainedTokenizerBase | None, separator: str | None

@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from dylora_moe.checkpoint import files
 from dylora_moe.cli import app
 from dylora_moe.lifelong import command
 from dylora_moe.lifelong import learn as module
+from dylora_moe.lifelong import look as module_of_look
 from dylora_moe.skills.novelty import KNOWN, NEW, Novelty
 from tinybase import save_tiny_base
 from topics import NAMES, mixture, teach, texts
@@ -92,7 +94,7 @@ def test_a_dry_run_writes_nothing(folder):
     before = contents(folder)
     result, said = run(folder, folder.parent / "code.jsonl", "--dry-run")
     assert result.exit_code == 0
-    assert "an expert 'code' would be trained on 10 rows" in said
+    assert "would train 'code' on 10 rows" in said
     assert contents(folder) == before
 
 
@@ -107,9 +109,25 @@ def test_known_rows_are_not_learnt_unless_asked(folder):
     assert load(folder).expert_names == [*OLD, "more"]
 
 
+def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, monkeypatch):
+    monkeypatch.setattr(module_of_look, "proposal", lambda rows, fewest: torch.arange(len(rows)) % 2)
+    before = contents(folder)
+    result, said = run(folder, folder.parent / "code.jsonl", *SHORT)
+    assert result.exit_code == 0, said
+    assert "look like 2 skills" in said
+    assert "--skills 2 learns them so, --skills 1 all as one" in said
+    assert contents(folder) == before
+    _, said = run(folder, folder.parent / "code.jsonl", "--skills", "2", "--dry-run")
+    assert "Dry run: would train 'code_1' on" in said
+    result, said = run(folder, folder.parent / "code.jsonl", "--skills", "2", *SHORT)
+    assert result.exit_code == 0, said
+    assert load(folder).expert_names == [*OLD, "code_1", "code_2"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("code.jsonl", "--all", "--skills", "2"), "--all with --skills 2"),
         (("none.jsonl",), "no file"),
         (("code.jsonl", "--name", "sql"), "expert 'sql' exists already"),
         (("empty.jsonl",), "no examples"),

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dylora_moe.failures import Verbose
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dylora_moe.data.examples import Example
     from dylora_moe.session import Session
 
     from .learn import Learned, Training
@@ -38,6 +42,10 @@ def learn(
     ] = 0.01,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look, and say what would be done.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Learn every row, also those of known skills.")] = False,
+    skills: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many skills the new rows are of; default what is found, if it is one."),
+    ] = None,
     watch: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Learn every file that comes into it.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows.")
@@ -55,9 +63,10 @@ def learn(
 ) -> None:
     """Look at new rows, and where they are of no skill that the mixture has, learn them as a new one.
 
-    Rows of known skills are left out. The new expert alone is trained; the old ones keep every bit, and the router is
-    computed anew from what is known of all skills. Killed at any moment, the folder holds the mixture before or after,
-    and the same command goes on with the training.
+    Rows of known skills are left out; what looks like several new skills is learnt with [bold]--skills N[/]. The new
+    expert alone is trained; the old ones keep every bit, and the router is computed anew from what is known of all
+    skills. Killed at any moment, the folder holds the mixture before or after, and the same command goes on with the
+    training.
 
     Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
     """
@@ -65,6 +74,8 @@ def learn(
 
     if (data is None) == (watch is None):
         raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
+    if everything and (skills or 1) > 1:
+        raise ValueError(f"--all with --skills {skills}: rows of known skills would be split, too; leave out one.")
     if output is not None and (output / CONFIG_FILE).exists():
         raise ValueError(f"--output {output} holds a mixture already; choose another folder.")
     from dylora_moe.session import Session
@@ -75,7 +86,7 @@ def learn(
         session.model.chat = session.chat  # older checkpoints say it in a recipe
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
         how |= {"max_length": max_length, "seed": seed, "rank": rank}
-        asked = (false_alarm, everything, dry_run, output or directory, how)
+        asked = (false_alarm, everything, skills, dry_run, output or directory, how)
         if data is not None:
             _learn_file(session, data, name, *asked)
             return
@@ -93,11 +104,12 @@ def _learn_file(
     name: str | None,
     false_alarm: float,
     everything: bool,
+    skills: int | None,
     dry_run: bool,
     target: Path,
     how: dict[str, Any],
 ) -> None:
-    """Learn one file, and save the mixture."""
+    """Look at one file; learn what is new in it, and save the mixture after each skill."""
     from dylora_moe.composition import digest
     from dylora_moe.config import check_expert_name
     from dylora_moe.data.section import DataRecipe
@@ -105,47 +117,55 @@ def _learn_file(
     from dylora_moe.report.terminal import confusion_table
     from dylora_moe.skills.reading import SEPARATOR
 
+    from .learn import check_can_learn
     from .learn import learn as run
     from .look import look
 
-    started, mixture = time.perf_counter(), session.model
+    mixture = session.model
     if not file.is_file():
         raise ValueError(f"no file {str(file)!r} with rows to learn.")
+    check_can_learn(mixture)
     name = name or re.sub(r"\W+", "_", file.name.partition(".")[0]).strip("_")
     check_expert_name(name, taken=mixture.expert_names, base=mixture.get_base_model())
     separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
     rows = load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
-    source = digest(file)
+    with console.status(f"Looking at {len(rows)} rows"):
+        seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
+    _show(seen)
+    if seen.reason and not everything:
+        _say(f"Nothing was learnt: {seen.reason}. --all learns every row, whatever it is.")
+        return
+    parts = [seen.examples] if everything and skills is None else seen.parts(skills)
+    if skills is None and len(parts) > 1:
+        _propose(parts)
+        return
+    names = [name] if len(parts) == 1 else [f"{name}_{number}" for number in range(1, len(parts) + 1)]
     if dry_run:
-        with console.status(f"Looking at {len(rows)} rows"):
-            seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
-        _show(seen)
-        doing = f"nothing would be learnt: {seen.reason}" if seen.reason and not everything else None
-        count = len(seen.examples if everything else seen.new)
-        _say(f"Dry run: {doing or f'an expert {name!r} would be trained on {count} rows'}.")
+        trained = ", ".join(f"{one!r} on {len(part)} rows" for one, part in zip(names, parts, strict=True))
+        _say(f"Dry run: would train {trained}.")
         return
-    work = target / WORK / f"{name}-{source.rpartition(':')[2][:12]}"
-    learned = run(
-        mixture,
-        rows,
-        name,
-        session.tokenizer,
-        separator,
-        false_alarm,
-        everything,
-        source,
-        _training(mixture, work, how),
-    )
-    _show(learned.look)
-    if learned.name is None:
-        _say(f"Nothing was learnt: {learned.look.reason}. --all learns every row, whatever it is.")
-        return
-    mixture.save_pretrained(target)
-    session.tokenizer.save_pretrained(target)
-    shutil.rmtree(work, ignore_errors=True)
-    _remove_if_empty(work.parent)
-    console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
-    _report(learned, target, time.perf_counter() - started)
+    source = digest(file)
+    for one, part in zip(names, parts, strict=True):
+        started, work = time.perf_counter(), target / WORK / f"{one}-{source.rpartition(':')[2][:12]}"
+        training = _training(mixture, work, how)
+        learned = run(mixture, part, one, session.tokenizer, separator, false_alarm, True, source, training)
+        mixture.save_pretrained(target)
+        session.tokenizer.save_pretrained(target)
+        shutil.rmtree(work, ignore_errors=True)
+        _remove_if_empty(work.parent)
+        console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
+        _report(learned, target, time.perf_counter() - started)
+
+
+def _propose(parts: Sequence[tuple[Example, ...]]) -> None:
+    """Say how rows of several skills would be split."""
+    table = Table(title=f"The new rows look like {len(parts)} skills")
+    table.add_column("rows", justify="right")
+    table.add_column("such as")
+    for part in parts:
+        table.add_row(str(len(part)), Text(" ".join(part[0].question.split())[:80]))
+    console.print(table)
+    _say(f"Nothing was learnt. --skills {len(parts)} learns them so, --skills 1 all as one.")
 
 
 def _training(mixture: Any, work: Path, how: dict[str, Any]) -> Training:
@@ -171,11 +191,19 @@ def _show(seen: Look) -> None:
 
 def _report(learned: Learned, target: Path, seconds: float) -> None:
     """What changed."""
+    from dylora_moe.skills.separation import SAME
+
     assert learned.moved is not None
     gone, kept = (sum(numbers) for numbers in zip(*learned.moved.values(), strict=True)) if learned.moved else (0, 0)
     share = f" ({gone / kept:.1%})" if kept else ""
     _say(f"Learned {learned.name!r} from {learned.rows} rows in {seconds:.0f} s. Of {kept} kept rows of the skills")
     _say(f"before, {gone} are routed differently{share}; no other expert changed. Checkpoint: {target}")
+    if learned.nearest is not None and learned.nearest[1] < SAME:
+        other, apart = learned.nearest
+        _say(
+            f"Warning: {learned.name!r} and {other!r} are the same skill as far as their rows tell ({apart:.1f}, under "
+            f"{SAME:g}). `dylora-moe merge` makes one of them."
+        )
 
 
 def _watch(session: Session, folder: Path, *asked: Any) -> None:

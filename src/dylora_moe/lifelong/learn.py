@@ -79,14 +79,15 @@ class Learned:
         look: what the rows were.
         rows: how many the expert was trained on.
         moved: skill → how many of its kept rows are routed differently now, and how many are kept.
-        twins: skill → its nearest and how far that is, where the two are one by all that can be seen.
+        nearest: the skill that the new one is least apart from, and how far, see `skills.separation`; None without
+            another.
     """
 
     name: str | None
     look: Look
     rows: int = 0
     moved: Mapping[str, tuple[int, int]] | None = None
-    twins: Mapping[str, tuple[str, float]] | None = None
+    nearest: tuple[str, float] | None = None
 
 
 def learn(
@@ -121,11 +122,7 @@ def learn(
             it was, as it is by whatever stops the training.
     """
     training, names = training or Training(), mixture.expert_names
-    if not mixture.router.computed:
-        raise ValueError(
-            f"the router is of the type {mixture.moe_config.router_type!r}, which is trained: a new skill needs a "
-            "training of its own with `start`, see recipes/new_skill.yaml; or compose the experts anew in closed form."
-        )
+    check_can_learn(mixture)
     if name is None:
         name = next(free for number in range(1, len(names) + 2) if (free := f"skill_{number}") not in names)
     check_expert_name(name, taken=names, base=mixture.get_base_model())
@@ -141,7 +138,17 @@ def learn(
         _train(mixture, name, chosen, tokenizer, training)
         separator = chosen[0].separator
         mixture.teach(name, chosen, tokenizer, separator, source)
-        return Learned(name, seen, len(chosen), moved(before, mixture.skills))
+        others = mixture.skills.separation()
+        return Learned(name, seen, len(chosen), moved(before, mixture.skills), others.get(name))
+
+
+def check_can_learn(mixture: DyLoraMoE) -> None:
+    """Raise `ValueError` if the router of a mixture cannot take in a skill that it is taught."""
+    if not mixture.router.computed:
+        raise ValueError(
+            f"the router is of the type {mixture.moe_config.router_type!r}, which is trained: a new skill needs a "
+            "training of its own with `start`, see recipes/new_skill.yaml; or compose the experts anew in closed form."
+        )
 
 
 def moved(before: SkillLibrary, after: SkillLibrary) -> dict[str, tuple[int, int]]:

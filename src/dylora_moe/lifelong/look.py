@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example, encode
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.skills.novelty import KNOWN, NEW, TOO_SHORT, Novelty
 from dylora_moe.skills.reading import SEPARATOR, examples_of
+
+from .split import proposal, split
 
 FEWEST_ROWS = 8
 """Fewer rows train no expert and make no skill."""
@@ -29,6 +33,7 @@ class Look:
         examples: the rows that can be used, each once, long texts in pieces.
         answers: what each of them is.
         whole: what they are together.
+        states: float64 `[N, D]`, the mean state of each by which it is routed.
         twice: rows that were left out because they are there before.
         too_long: rows that were left out because prompt and completion do not fit.
     """
@@ -36,6 +41,7 @@ class Look:
     examples: tuple[Example, ...]
     answers: tuple[Novelty, ...]
     whole: Novelty
+    states: Tensor
     twice: int = 0
     too_long: int = 0
 
@@ -56,6 +62,19 @@ class Look:
         """The rows that are of no skill."""
         pairs = zip(self.examples, self.answers, strict=True)
         return tuple(example for example, answer in pairs if answer.answer != KNOWN)
+
+    def parts(self, count: int | None = None) -> list[tuple[Example, ...]]:
+        """The new rows by skill, largest first.
+
+        Args:
+            count: of skills; default as many as lie apart.
+        """
+        if not self.new:
+            return []
+        states = self.states[torch.tensor([answer.answer != KNOWN for answer in self.answers])]
+        groups = (proposal(states, FEWEST_ROWS) if count is None else split(states, count)).tolist()
+        found = range(max(groups) + 1)
+        return [tuple(e for e, own in zip(self.new, groups, strict=True) if own == group) for group in found]
 
     @property
     def reason(self) -> str | None:
@@ -105,7 +124,8 @@ def look(
     else:
         whole = Novelty(NEW, "", 0.0, math.inf)  # to one that knows nothing everything is
         answers = [whole] * len(examples)
-    return Look(examples, tuple(answers), whole, len(given) - len(once), too_long)
+    states = mixture.views(examples, tokenizer, separator).deciding
+    return Look(examples, tuple(answers), whole, states, len(given) - len(once), too_long)
 
 
 def _pieces(
