@@ -142,7 +142,7 @@ def test_a_second_turn_and_the_cache_of_one_row_for_several(placement):
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("placement", ["middle", "last"])
 def test_a_static_cache(placement, chunk):
-    model, (ids, mask) = mixture("gemma2", placement), left_padded([tokens(1, 7)[0], tokens(1, 3, seed=2)[0]])
+    model, (ids, mask) = mixture("gemma2", placement), left_padded([tokens(1, 7)[0], tokens(1, 4, seed=2)[0]])
     options = {"attention_mask": mask, "prefill_chunk_size": chunk}
     static = generate(model, ids, cache_implementation="static", disable_compile=True, **options)
     assert isinstance(static.past_key_values, StaticCache)
