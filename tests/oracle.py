@@ -70,6 +70,8 @@ class Oracle(nn.Module):
         scores = self.router(hidden)
         if self.config.granularity == "token":
             return scores
+        if self.config.granularity == "prefix":
+            return scores.cumsum(1) / torch.arange(1, scores.shape[1] + 1)[:, None]
         rows = [row[keep].mean(0, keepdim=True) for row, keep in zip(scores, prompt, strict=True)]
         return torch.stack(rows)
 

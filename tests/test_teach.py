@@ -53,7 +53,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("granularity", ["token", "sequence", "prefix"])
 @pytest.mark.parametrize("place", PLACES)
 def test_texts_are_routed_to_what_was_taught_with_them(place, granularity):
     model = teach(mixture(granularity=granularity, **PLACES[place]))
@@ -259,7 +259,7 @@ def test_the_base_route_is_refused():
         MoELoraConfig(router_type="closed_form", route_to_base=True)
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+@pytest.mark.parametrize("granularity", ["token", "sequence", "prefix"])
 @pytest.mark.parametrize("place", PLACES)
 def test_decoding_with_a_cache_and_in_a_padded_batch_is_the_plain_forward(place, granularity):
     model = teach(mixture(granularity=granularity, **PLACES[place]))

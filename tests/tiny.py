@@ -45,7 +45,10 @@ COMBINATIONS = [
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 every_combination = pytest.mark.parametrize(("architecture", "placement"), COMBINATIONS)
-every_granularity = pytest.mark.parametrize("granularity", ["token", "sequence"])
+every_granularity = pytest.mark.parametrize(
+    "granularity",
+    ["token", "sequence", pytest.param("prefix", marks=pytest.mark.slow)],  # in short: test_prefix.py
+)
 
 _GROUPED = {
     "hidden_size": WIDTH,

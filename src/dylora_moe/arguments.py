@@ -5,10 +5,12 @@ Shapes: B batch, S sequence, E experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BASE = "base"
@@ -113,6 +115,24 @@ def packed_rows(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> bool |
     if attention_mask is not None and attention_mask.shape == starts.shape:
         starts = starts & attention_mask.bool()  # generate gives padding position 0, too
     return (starts.sum(-1) > 1).any()
+
+
+def sequence_starts(kwargs: dict[str, Any], length: int) -> Tensor | None:
+    """Where another sequence begins within a row, `[B or 1, S]` bool, after the arguments of a call.
+
+    That is at the boundaries it names, and where positions do not go on; None where it says nothing.
+    """
+    starts: list[Tensor] = []
+    for key in ("cu_seq_lens_q", "cu_seqlens"):
+        ends = kwargs.get(key)
+        if isinstance(ends, Tensor):
+            starts.append(torch.isin(torch.arange(length, device=ends.device), ends)[None])
+    positions, rows = kwargs.get("position_ids"), kwargs.get("seq_idx")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        starts.append(F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)))
+    if isinstance(rows, Tensor):
+        starts.append(F.pad(rows[:, 1:] != rows[:, :-1], (1, 0)))
+    return functools.reduce(torch.logical_or, starts) if starts and length > 1 else None
 
 
 def exits_early(args: Any, kwargs: Any, default: Any) -> bool:

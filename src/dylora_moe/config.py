@@ -53,7 +53,7 @@ class MoELoraConfig(LoraConfig):
         route_to_base: give the router one more output whose share of the weight goes to no expert
             (SLIM, arXiv 2410.07739).
         granularity: `"token"` routes each token, `"sequence"` averages the logits over the prompt and holds the
-            weights for the whole sequence.
+            weights for the whole sequence, `"prefix"` averages them for each token over its row up to that token.
         temperature: the logits are divided by it before the softmax.
         top_k: experts kept per token in evaluation; default 2, or all if fewer.
         train_top_k: experts kept per token in training; default all (dense).

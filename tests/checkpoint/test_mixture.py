@@ -230,6 +230,14 @@ def test_pickles_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_older_version_knows_no_prefix_granularity(tmp_path):
+    model = tiny_mixture(granularity="prefix")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "moe_config.json").read_text())["format_version"] == 2
+    loaded = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base())
+    assert torch.equal(loaded(tokens()).routing_weights, model(tokens()).routing_weights)
+
+
 def test_configuration_file_says_what_the_mixture_is(tmp_path):
     model = rich_mixture("llama", tmp_path / "base", router_layer="last", top_k=3)
     model.save_pretrained(tmp_path / "mixture")

@@ -106,7 +106,9 @@ def test_switched_on_before_the_mixture_was_made():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"use_dora": True}, {"granularity": "sequence"}, {"route_to_base": True}], ids=str
+    "settings",
+    [{"use_dora": True}, {"granularity": "sequence"}, {"granularity": "prefix"}, {"route_to_base": True}],
+    ids=str,
 )
 def test_further_settings(settings):
     model = tiny_mixture("llama", balance_coefficient=1.0, **settings).train()

@@ -19,7 +19,12 @@ BACKENDS = (
         marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")],
     ),
 )
-SETTINGS = {"dense": {"top_k": 4}, "top-2": {"top_k": 2}, "pass before": {"router_layer": "last"}}
+SETTINGS = {
+    "dense": {"top_k": 4},
+    "top-2": {"top_k": 2},
+    "pass before": {"router_layer": "last"},
+    "prefix": {"granularity": "prefix"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +50,9 @@ def ids(length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "prefix" else ()) for name in SETTINGS]
+)
 def test_two_graphs_serve_every_length_new_weights_and_temperatures(name):
     plain, fast = mixture(**SETTINGS[name]), mixture(**SETTINGS[name])
     fast.compile(backend="aot_eager", fullgraph=True)
@@ -89,8 +96,9 @@ def test_compiled_training_step_is_one_graph_with_the_plain_gradients(backend):
     assert graphs() == 1
 
 
-def test_compiled_decoding_with_a_static_cache():
-    plain, fast = mixture(), mixture()
+@pytest.mark.parametrize("granularity", ["token", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_compiled_decoding_with_a_static_cache(granularity):
+    plain, fast = mixture(granularity=granularity), mixture(granularity=granularity)
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     fast.compile(backend="aot_eager", fullgraph=True)
     assert torch.equal(fast.generate(ids(12), **options), plain.generate(ids(12), **options))
@@ -119,7 +127,7 @@ def graphs_of_the_base() -> int:
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["dense", "top-2"])
+@pytest.mark.parametrize("name", ["dense", "top-2", "prefix"])
 def test_compiled_generation_makes_no_more_graphs_than_the_bare_base(name):
     """Over prompt lengths, new weights, another temperature and the next call; forced experts add theirs once."""
     allowed = graphs_of_the_base()

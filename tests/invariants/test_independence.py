@@ -82,8 +82,9 @@ def test_forced_rows_do_not_touch_routed_ones(architecture, placement):
     assert difference(mixed.logits[2], model(ids[2:], experts="base").logits[0]) <= EXACT
 
 
-def test_a_row_without_a_real_token_has_uniform_weights():
-    model, ids = mixture("llama", "middle", granularity="sequence", top_k=3), tokens(2, 5)
+@pytest.mark.parametrize("granularity", ["sequence", "prefix"])
+def test_a_row_without_a_real_token_has_uniform_weights(granularity):
+    model, ids = mixture("llama", "middle", granularity=granularity, top_k=3), tokens(2, 5)
     mask = torch.ones_like(ids)
     mask[1] = 0
     out = model(ids, attention_mask=mask)
@@ -91,9 +92,10 @@ def test_a_row_without_a_real_token_has_uniform_weights():
     assert difference(out.routing_weights[0], model(ids[:1]).routing_weights[0]) <= EXACT
 
 
+@pytest.mark.parametrize("granularity", ["token", pytest.param("prefix", marks=pytest.mark.slow)])
 @every_combination
-def test_routing_depends_on_earlier_tokens_only(architecture, placement):
-    model, ids = mixture(architecture, placement), tokens(2, 9)
+def test_routing_depends_on_earlier_tokens_only(architecture, placement, granularity):
+    model, ids = mixture(architecture, placement, granularity=granularity), tokens(2, 9)
     for train in (True, False):
         expected = model.train(train)(ids)
         for t in (0, 3, 7):

@@ -63,10 +63,10 @@ def test_generated_tokens(architecture, placement, granularity):
     model = tiny_mixture(architecture, granularity=granularity, **PLACEMENTS[placement])
     counter = Counter(model)
     model.generate(tokens(2, 9), max_new_tokens=5, do_sample=False)
-    if granularity == "token":  # the last token is not fed back
-        assert counter.passes(9 + 4) == PASSES[placement]
-    else:  # only the prompt is read
+    if granularity == "sequence":  # only the prompt is read
         assert counter.passes(1) == 9 * PASSES[placement] + 4
+    else:  # the last token is not fed back
+        assert counter.passes(9 + 4) == PASSES[placement]
 
 
 @pytest.mark.parametrize("experts", ["red", "base", ["red", "blue"]], ids=str)

@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from dylora_moe.base.placement import Placement
-from dylora_moe.passes.first_pass import ExtraLayer, first_pass, tokens_in
+from dylora_moe.passes.cache import ExtraLayer, tokens_in
+from dylora_moe.passes.first_pass import first_pass
 from families import family_base
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))

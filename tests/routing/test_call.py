@@ -43,6 +43,16 @@ def test_real_tokens_come_from_the_decoders_mask_or_the_callers():
     assert Call().rows(1, 3, None, NAMES).mask is None
 
 
+@pytest.mark.parametrize("seen", [2, torch.tensor(2)])
+def test_what_comes_after_the_callers_mask_is_real(seen):
+    call, static = Call(attention_mask=torch.tensor([[0, 1, 0, 1]])), torch.zeros(1, 1, 3, 8)
+    assert call.rows(1, 3, static, NAMES, seen).mask.tolist() == [[False, True, True]]
+    assert call.rows(1, 1, static, NAMES, seen + 4).mask.tolist() == [[True]]
+    own = torch.tensor([[1, 1, 0]])  # the decoder's, of all positions, says it itself
+    assert call.rows(1, 3, own, NAMES, seen).mask.tolist() == [[True, True, False]]
+    assert Call().rows(1, 3, None, NAMES, seen).mask is None
+
+
 def test_the_prompt_ends_at_the_first_label_or_with_its_length():
     rows, device = Rows(2, 4, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()), torch.device("cpu")
     labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, 8, 9]])
@@ -65,6 +75,7 @@ def test_the_prompt_ends_at_the_first_label_or_with_its_length():
     ("call", "batch", "granularity", "message"),
     [
         (Call(), 1, "token", "routing per token changes"),
+        (Call(), 1, "prefix", "routing per token changes"),
         (Call(), 2, "sequence", "one mixture at a time"),
         (Call(experts=["a", "b"]), 2, "token", "one mixture at a time"),
         (Call(experts=["a", None]), 2, "token", "one mixture at a time"),

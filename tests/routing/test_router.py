@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dylora_moe import Router
-from dylora_moe.routing.granularity import GRANULARITIES
+from dylora_moe.routing.granularity import GRANULARITIES, Deciding
 from dylora_moe.routing.router import CALIBRATIONS
 from tiny import tiny_mixture, tokens
 
@@ -154,10 +154,10 @@ def test_each_granularity_has_its_own_temperature(name):
     router, granularity = Router(16, 3, "closed_form"), GRANULARITIES[name]
     router.weight.data.normal_()
     router.temperature.data.copy_(torch.tensor([2.0, 5.0]))
-    hidden, deciding = torch.randn(2, 5, 16), torch.rand(2, 5) < 0.7
-    plain = granularity.aggregate(router(hidden), deciding)
-    expected = plain / {"token": 2.0, "sequence": 5.0}[name]
-    assert torch.equal(router.scores(hidden, granularity, deciding), expected)
+    hidden, deciding = torch.randn(2, 5, 16), Deciding(torch.rand(2, 5) < 0.7)
+    plain = granularity.aggregate(router(hidden), deciding).scores
+    expected = plain / {"token": 2.0, "sequence": 5.0, "prefix": 5.0}[name]
+    assert torch.equal(router.scores(hidden, granularity, deciding).scores, expected)
     trained = Router(16, 3)
-    plain = granularity.aggregate(trained(hidden), deciding)
-    assert torch.equal(trained.scores(hidden, granularity, deciding), plain)
+    plain = granularity.aggregate(trained(hidden), deciding).scores
+    assert torch.equal(trained.scores(hidden, granularity, deciding).scores, plain)

@@ -70,6 +70,7 @@ KINDS = {
     "grouped-top": Kind("ours, grouped form, top-{k}", "ours", FORWARD_WORKS, form="grouped", sparse=True),
     "gathered-top": Kind("ours, gathered form, top-{k}", "ours", form="gathered", sparse=True),
     "auto-top": Kind("ours, top-{k}", "ours", sparse=True),
+    "prefix": Kind("ours, per prefix, top-{k}", "ours", ("decode",), sparse=True, granularity="prefix"),
     "sequence": Kind("ours, per sequence, top-{k}", "ours", ("decode",), sparse=True, granularity="sequence"),
     "sequence-fold": Kind(
         "ours, per sequence, top-{k}, folded", "ours", ("decode",), sparse=True, granularity="sequence", fold=True

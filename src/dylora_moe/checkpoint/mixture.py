@@ -9,7 +9,7 @@ dir/vocabulary.safetensors             rows that the base's embeddings and head 
 dir/README.md                          model card
 
 `format_version` is 1 where an older version of this package reads the checkpoint rightly, 2 where the base is resized,
-a skill was taught or the router is computed from skills.
+a skill was taught, the router is computed from skills or the granularity is cumulative.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from dylora_moe.base.placement import Placement
 from dylora_moe.config import MoELoraConfig, check_expert_name
 from dylora_moe.experts.expert_set import NEW, ROUTED
+from dylora_moe.routing.granularity import GRANULARITIES
 from dylora_moe.routing.router import ROUTERS, Router
 from dylora_moe.skills.library import SkillLibrary
 from dylora_moe.version import __version__
@@ -233,11 +234,12 @@ def _fields(description: Description) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in lora or value != default[key]}
     kept = {key: value for key, value in kept.items() if key not in LATER_FIELDS or value != LATER_FIELDS[key]}
     vocabulary, computed = description.vocabulary, ROUTERS[description.config.router_type].computed
+    cumulative = GRANULARITIES[description.config.granularity].cumulative
     rows = {"vocabulary_rows": vocabulary.rows, "base_vocabulary_rows": vocabulary.named_rows}
     if not vocabulary.resized:
         del rows["base_vocabulary_rows"]
     return {
-        "format_version": 2 if vocabulary.resized or description.skills or computed else 1,
+        "format_version": 2 if vocabulary.resized or description.skills or computed or cumulative else 1,
         **rows,
         "dylora_moe_version": __version__,
         "base_model_name_or_path": description.base_name,

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from dylora_moe.base.placement import Placement
 
-STATES_IN_MODULES = ("recurrent_states", "conv1d_state")
-"""What modules are called that keep the state of a sequence themselves, where a second run would overwrite it."""
+from .cache import ExtraLayer, RunningScores, keeps_no_cache, main_cache, tokens_in, with_layers
 
 
 def check_possible(base: nn.Module, placement: Placement) -> None:
     """Raise `ValueError` if the base can not be run up to a layer by itself."""
-    in_modules = any(hasattr(module, name) for module in base.modules() for name in STATES_IN_MODULES)
-    if placement.cache_argument is None or in_modules:
+    if keeps_no_cache(base, placement):
         raise ValueError(
             f"{type(base).__name__} keeps its state in no transformers Cache, so that it cannot run up to the router's "
             "layer by itself, which experts below that layer need. Set router_layer=0, or adapt only layers from the "
@@ -100,36 +98,6 @@ class _Probe(nn.Module):
         raise _Reached
 
 
-class ExtraLayer:
-    """A layer of the first pass' cache at the end of the main cache.
-
-    Reorder, crop and repeat reach it there, but it is no layer of the base: whoever asks the cache for its last
-    recurrent layer, or its first with keys, must not find it.
-    """
-
-    def __init__(self, layer: Any):
-        self.layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "layer":  # asked for while it is copied
-            raise AttributeError(name)
-        return getattr(self.layer, name)
-
-
-def tokens_in(cache: Any) -> int:
-    """How many tokens a cache holds; 1 for some where only recurrent states are kept, which do not count."""
-    if not isinstance(cache, Cache) or not cache.layers:
-        return 0
-    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        return cache.get_seq_length()
-    return int(any(has_state(layer) for layer in cache.layers))
-
-
-def has_state(layer: Any) -> bool:
-    """Whether a recurrent layer of a cache has seen a token."""
-    return any(getattr(layer, "has_previous_state", {}).values())
-
-
 def _own_cache(decoder: Any, name: str, kwargs: dict, k: int, count: int, keep: bool, training: bool) -> Cache | None:
     """The cache of the first pass; None if the call keeps none.
 
@@ -138,25 +106,20 @@ def _own_cache(decoder: Any, name: str, kwargs: dict, k: int, count: int, keep: 
     one). Where only the prompt's pass decides, its states are of no further use; but the mask was made for a cache like
     the main one.
     """
-    cache, use = kwargs.get(name), kwargs.get("use_cache")
-    if use is None:
-        use = getattr(decoder.config, "use_cache", False) and not (training and name == "cache_params")
-    checkpointing = training and getattr(decoder, "gradient_checkpointing", False)
-    if checkpointing or (cache is None and not (use and keep)):
-        return None
+    given = kwargs.get(name)
+    cache = main_cache(decoder, name, kwargs, count, training, make=keep)
     if cache is None:
-        cache = kwargs[name] = _with_layers(DynamicCache(config=decoder.config), count)
-        fresh = _with_layers(DynamicCache(config=decoder.config), count)  # no deepcopy: it cannot compile
+        return None
+    if given is None:
+        fresh = with_layers(DynamicCache(config=decoder.config), count)  # no deepcopy: it cannot compile
         cache.layers.extend(map(_extra, fresh.layers[:k]))
-    if not isinstance(cache, Cache):
-        raise ValueError(f"{name} of type {type(cache).__name__}: pass a transformers Cache.")
-    _with_layers(cache, count)
     rest = cache.layers[k:count]
     if not keep:
         return Cache(layers=[*copy.deepcopy(cache.layers[:k]), *rest])
     if len(cache.layers) == count and not tokens_in(cache):
         cache.layers.extend(_extra(layer) for layer in copy.deepcopy(cache.layers[:k]))
-    own = [layer.layer if isinstance(layer, ExtraLayer) else layer for layer in cache.layers[count:]]
+    own = [layer for layer in cache.layers[count:] if not isinstance(layer, RunningScores)]
+    own = [layer.layer if isinstance(layer, ExtraLayer) else layer for layer in own]
     if len(own) != k or tokens_in(Cache(layers=own)) != _tokens_below(cache, k):
         raise ValueError(
             "this cache was filled without the routing pass (by a forced or base pass); start the routed sequence with "
@@ -172,10 +135,3 @@ def _extra(layer: Any) -> Any:
 
 def _tokens_below(cache: Cache, k: int) -> int:
     return tokens_in(Cache(layers=cache.layers[:k]))
-
-
-def _with_layers(cache: Cache, count: int) -> Cache:
-    """`cache` with at least `count` layers, if it makes them on demand."""
-    while len(cache.layers) < count and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache

@@ -30,14 +30,16 @@ from dylora_moe.layers.recompute import checkpointable, keep_routing_in_checkpoi
 from dylora_moe.layers.routed import check_not_bypassed
 from dylora_moe.routing.call import Call
 from dylora_moe.routing.decision import Decision, Rows, decide, one_hot_weights
-from dylora_moe.routing.granularity import GRANULARITIES
+from dylora_moe.routing.granularity import GRANULARITIES, Deciding, Granularity
 from dylora_moe.routing.policies import Policy
 from dylora_moe.routing.records import RouterRecord
 from dylora_moe.routing.router import Router
 from dylora_moe.routing.trace import RoutingTrace
 from dylora_moe.sharding import is_sharded
 
-from .first_pass import first_pass, tokens_in
+from .cache import tokens_in
+from .first_pass import first_pass
+from .running_scores import Continued, continued, positions_scored
 
 BARE = InForce(forced=())
 """The bare base."""
@@ -107,7 +109,7 @@ class PassHooks:
         self.call: Call | None = None
         self.needs_first_pass = self.adapts_head = False
         self.records: list[RouterRecord] | None = None
-        self._pass: tuple[Call, Rows] | None = None  # the one that runs
+        self._pass: tuple[Call, Rows, Continued] | None = None  # the one that runs
         self._waiting = False  # for the router to read the input of layer k
         self._inside_base = False
         decoder = placement.decoder(base)
@@ -131,6 +133,10 @@ class PassHooks:
     def policy(self) -> Policy:
         """How scores become weights now; it follows the configuration and `train()`/`eval()`."""
         return self.config.policy_for(self.mixture.training, self.experts.masked)
+
+    @property
+    def _granularity(self) -> Granularity:
+        return GRANULARITIES[self.config.granularity]
 
     @contextmanager
     def scope(self, forced: str | None = None, trace: RoutingTrace | None = None) -> Iterator[None]:
@@ -207,22 +213,29 @@ class PassHooks:
         call = self.new_call() if self.call is None else self.call
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
-        rows = call.rows(batch, length, mask, self.experts.names)
-        self._pass, self._waiting, call.decision = (call, rows), False, None
+        cumulative = self._granularity.cumulative
+        seen = positions_scored(kwargs.get(str(self.placement.cache_argument))) if cumulative else None
+        rows = call.rows(batch, length, mask, self.experts.names, seen)
+        self._pass, self._waiting, call.decision = (call, rows, Continued()), False, None
         self.holder.reached = None if call.trace is None else call.trace.reached
         self.holder.put(BARE)  # whatever runs before the router has read is the bare base
         self._prepare()
         if self.experts.disabled:
             return (), kwargs
-        decision = self._made_before(call, rows, kwargs)
+        decision, hidden = self._made_before(call, rows, kwargs), None
         if decision is not None:
             self._apply(decision)
-        elif not self.needs_first_pass:
-            self._waiting = True
-        else:
-            keep = not GRANULARITIES[self.config.granularity].per_sequence
+            return (), kwargs
+        if self.needs_first_pass:
+            keep = not self._granularity.per_sequence
             where = (self.base, self.placement, self.router_layer)
             kwargs, hidden = first_pass(*where, kwargs, keep, self.mixture.training)
+        if cumulative and not rows.forced:
+            kwargs, earlier = continued(self.base, self.placement, kwargs, length, self.mixture.training)
+            self._pass = call, rows, earlier
+        if hidden is None:
+            self._waiting = True
+        else:
             self._apply(self._read(hidden))
         return (), kwargs
 
@@ -254,7 +267,7 @@ class PassHooks:
             return Decision(rows, self._one_hot(rows))
         if call.held is not None:
             return self._decide(repeat_rows(call.held, rows.batch), rows)
-        if not GRANULARITIES[self.config.granularity].per_sequence:
+        if not self._granularity.per_sequence:
             return None
         if kwargs.get("cache") is not None:
             raise ValueError(PACKED_ROWS)
@@ -273,7 +286,7 @@ class PassHooks:
     def _read(self, hidden: Tensor) -> Decision:
         """Score `hidden [B, S, D]` and decide."""
         assert self._pass is not None
-        call, rows = self._pass
+        call, rows, earlier = self._pass
         hidden = hidden.detach()
         first = next(self.router.parameters())
         if not is_sharded(first):  # else FSDP places it; a base over several devices moves the layer's input after us
@@ -284,14 +297,19 @@ class PassHooks:
         if len(self.experts.masked) == self.router.num_outputs:
             how = "model.teach(name, rows)" if self.router.computed else "model.start_routing()"
             raise ValueError(f"no expert is routed yet: call {how}, or force one with experts=...")
-        granularity, deciding = GRANULARITIES[self.config.granularity], None
+        granularity, deciding = self._granularity, Deciding()
         if granularity.per_sequence:
-            deciding = call.prompt_tokens(rows, hidden.device)
-        scores = self.router.scores(hidden, granularity, deciding)
+            deciding = Deciding(call.prompt_tokens(rows, hidden.device))
+        elif granularity.cumulative:
+            deciding = earlier.deciding(rows.mask, self.router.num_outputs)
+        scores, totals = self.router.scores(hidden, granularity, deciding)
         if granularity.per_sequence:
             call.held = scores
+        if totals is not None and earlier.layer is not None:
+            earlier.layer.append(totals)
         if self.records is not None and self.mixture.training:
-            self.records.append(RouterRecord(hidden, deciding, rows.routed_mask(hidden.device), granularity))
+            mask = rows.routed_mask(hidden.device)
+            self.records.append(RouterRecord(hidden, deciding.detached(), mask, granularity))
         return self._decide(scores, rows)
 
     def _decide(self, scores: Tensor, rows: Rows) -> Decision:
@@ -306,7 +324,7 @@ class PassHooks:
     def _apply(self, decision: Decision) -> None:
         """Put a decision in force."""
         assert self._pass is not None
-        call, _ = self._pass
+        call = self._pass[0]
         call.decision = decision
         self.holder.put(self._in_force(decision))
         generation = self.holder.generation

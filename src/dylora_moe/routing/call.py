@@ -52,26 +52,31 @@ class Call:
         """Whether the caller made the decision for every row."""
         return self.weights is not None or self.one_hot is not None
 
-    def rows(self, batch: int, length: int, mask: Any, names: Sequence[str]) -> Rows:
+    def rows(self, batch: int, length: int, mask: Any, names: Sequence[str], seen: int | Tensor | None = None) -> Rows:
         """What is known of a pass over `batch` rows of `length` tokens before anything is decided.
 
         Args:
             batch, length: B and S of the pass.
             mask: what the decoder was given as its attention mask.
             names: the experts.
+            seen: positions before this pass, if they are known.
         """
         given = self.weights is not None or (torch.compiler.is_compiling() and self.one_hot is not None)
         columns = None if given else columns_of(self.experts, names, batch)  # a graph must not depend on the names
-        return Rows(batch, length, self._real_tokens(mask, batch, length), columns)
+        return Rows(batch, length, self._real_tokens(mask, batch, length, seen), columns)
 
     def mask_of(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The 2-D attention mask: the decoder's, or where that is none the caller's."""
         mask = kwargs.get("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else self.attention_mask
 
-    def _real_tokens(self, mask: Any, batch: int, length: int) -> Tensor | None:
+    def _real_tokens(self, mask: Any, batch: int, length: int, seen: int | Tensor | None) -> Tensor | None:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = self.attention_mask
+            if seen is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # what comes after it is real
+                at = torch.arange(length, device=mask.device) + (seen.to(mask) if isinstance(seen, Tensor) else seen)
+                last = mask.shape[1] - 1
+                return repeat_rows(mask[:, at.clamp(max=last)].bool() | (at > last), batch)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length:
             return None
         return repeat_rows(mask[:, -length:].bool(), batch)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .granularity import Granularity
+from .granularity import Deciding, Granularity
 from .router import Router
 
 
@@ -19,18 +19,18 @@ class RouterRecord:
 
     Attributes:
         hidden: `[B, S, D]`, detached.
-        deciding: `[B, S]` bool, where the granularity routes whole sequences.
+        deciding: which tokens decided.
         mask: `[B, S]` bool of the tokens that count, or None for all.
         granularity: of the pass.
     """
 
     hidden: Tensor
-    deciding: Tensor | None
+    deciding: Deciding
     mask: Tensor | None
     granularity: Granularity
 
     def score(self, router: Router) -> Tensor:
         """Router scores `[tokens, n]` of the tokens that count."""
-        scores = router.scores(self.hidden, self.granularity, self.deciding)
+        scores = router.scores(self.hidden, self.granularity, self.deciding).scores
         scores = scores.expand(-1, self.hidden.shape[1], -1)
         return scores.flatten(0, 1) if self.mask is None else scores[self.mask]

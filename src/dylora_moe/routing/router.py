@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .granularity import Granularity
+from .granularity import Aggregated, Deciding, Granularity
 
 CALIBRATIONS = ("token", "sequence")
 """What a computed router has a temperature for: scores of single tokens, and means over many."""
@@ -107,20 +107,20 @@ class Router(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return ROUTERS[self.router_type].score(self, normalised(hidden))
 
-    def scores(self, hidden: Tensor, granularity: Granularity, deciding: Tensor | None) -> Tensor:
-        """The scores that decide, `[B, S or 1, E]`, of `hidden [B, S, D]`.
+    def scores(self, hidden: Tensor, granularity: Granularity, deciding: Deciding) -> Aggregated:
+        """The scores that decide, `[B, S or 1, E]`, of `hidden [B, S, D]`, and what a later pass goes on from.
 
         Args:
             hidden: what is read.
-            granularity: whose tokens' scores decide.
-            deciding: `[B, S]` bool, the tokens that do, where it routes whole sequences.
+            granularity: how the scores of single tokens become those that decide.
+            deciding: which tokens do.
         """
         scores = self(hidden)
-        scores = granularity.aggregate(scores, None if deciding is None else deciding.to(scores.device))
+        scores, totals = granularity.aggregate(scores, deciding.to(scores.device))
         temperature = getattr(self, "temperature", None)
-        if temperature is None:
-            return scores
-        return scores / temperature[CALIBRATIONS.index(granularity.calibration)].to(scores)
+        if temperature is not None:
+            scores = scores / temperature[CALIBRATIONS.index(granularity.calibration)].to(scores)
+        return Aggregated(scores, totals)
 
     def grow(self, position: int) -> None:
         """Insert one freshly initialised output at `position`; every other row stays bit-identical."""

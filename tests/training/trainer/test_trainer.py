@@ -73,7 +73,9 @@ def one_step(folder, model, options=None, **trainer_options):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"balance_loss": "switch", "z_loss_coefficient": 0.1}, {"granularity": "sequence"}]
+    "settings",
+    [{}, {"balance_loss": "switch", "z_loss_coefficient": 0.1}, {"granularity": "sequence"}, {"granularity": "prefix"}],
+    ids=str,
 )
 def test_accumulation_changes_neither_loss_nor_gradients(tmp_path, settings):
     whole, _ = one_step(tmp_path, mixture(**settings), {"per_device_train_batch_size": 8}, domain_coefficient=0.5)
@@ -208,11 +210,15 @@ def test_router_has_its_own_learning_rate(tmp_path):
     assert {rates[id(t.tensor)] for t in model.expert_tensors("a")} == {0.0}
 
 
-def test_padding_free_equals_padded(tmp_path):
+@pytest.mark.parametrize("granularity", ["token", "prefix"])
+def test_padding_free_equals_padded(tmp_path, granularity):
     options = {"per_device_train_batch_size": 4}
-    padded, _ = one_step(tmp_path, mixture(), options)
-    flat, _ = one_step(tmp_path, mixture(), {**options, "padding_free": True, "max_length": None})
-    assert flat.logs["loss"] == pytest.approx(padded.logs["loss"], rel=1e-4)
+    padded, _ = one_step(tmp_path, mixture(granularity=granularity), options)
+    flat, _ = one_step(
+        tmp_path, mixture(granularity=granularity), {**options, "padding_free": True, "max_length": None}
+    )
+    for key in ("loss", "aux_loss"):
+        assert flat.logs[key] == pytest.approx(padded.logs[key], rel=1e-4), key
     for name, grad in padded.grads.items():
         torch.testing.assert_close(flat.grads[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 

@@ -31,6 +31,7 @@ BALANCED = {"balance_loss": "switch", "z_loss_coefficient": 0.1}
 STEPS: dict[str, tuple[dict, dict, dict]] = {
     "uniform_mse": ({}, {"domain_coefficient": 0.5}, {}),
     "sequence": ({"granularity": "sequence"}, {}, {}),
+    "prefix": ({"granularity": "prefix"}, {}, {}),
     "base_route": ({"route_to_base": True, "train_top_k": 2}, {}, {}),
     "two_passes": ({"router_layer": "last"}, {}, {}),
     "switch_accumulated": (BALANCED, {"domain_coefficient": 0.5}, {"gradient_accumulation_steps": 2}),
