@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 def background_texts() -> list[dict[str, str]]:
     """Rows with `prompt`, empty for plain text, and `completion`."""
-    return [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    with TEXTS.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def background_views(reading: Reading, rows: Sequence[Row], read: Callable[[Sequence[Row]], RowViews]) -> RowViews:

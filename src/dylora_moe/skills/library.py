@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import Fit, Pool, fit, left_out
+from .novelty import TWINS, separation
 from .reading import Reading
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
@@ -159,6 +160,15 @@ class SkillLibrary(Mapping[str, Skill]):
             counts = torch.bincount(scores.argmax(-1), minlength=len(columns)).tolist()
             table[name] = dict(zip(columns, counts, strict=True))
         return table
+
+    def separation(self) -> dict[str, tuple[str, float]]:
+        """Skill → the nearest other and how far it is, see `novelty.separation`."""
+        return separation(self._skills)
+
+    def twins(self) -> list[tuple[str, str]]:
+        """Pairs of skills that are the same as far as their rows tell: each with its nearest, if that is so near."""
+        near = [(name, other) for name, (other, apart) in self.separation().items() if apart < TWINS]
+        return sorted({(min(pair), max(pair)) for pair in near})
 
     # ------------------------------------------------------------------ as plain data
 
