@@ -39,7 +39,7 @@ RELATED_WITHIN = 5
 SHORT = 32
 """Tokens below which a row is too short to be called new, if what its nearest skill was taught is twice as long."""
 TWINS = 5.0
-"""Separation below which two skills are the same: of 13 domains halves were 0.1 to 4.0 apart, different ones 8 or more."""
+"""Separation below which two skills are the same: halves of 13 domains were 0.1 to 4.0 apart, others 15 or more."""
 _VIEWS = ("early", "prompt", "completion")
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -69,7 +69,7 @@ class Novelty(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """`means [·, V, D]` of rows or batches, float64, and of how many rows each is: `counts [·, V]`, 0 for none."""
+    """`means [·, V, D]` of rows or batches, and of how many rows each is: `counts [·, V]`, 0 for none; float64."""
 
     means: Tensor
     counts: Tensor
@@ -223,7 +223,7 @@ class Detector:
         found = []
         for view, (within, total) in enumerate(zip(self._within, self._total, strict=True)):
             means = seen.means[:, view]
-            spread = 1 / seen.counts[:, view, None].clamp(min=1) + 1 / within.counts[:-1].clamp(min=1)
+            spread = 1 / seen.counts[:, view, None].clamp(min=1) + 1 / within.counts[:-1].clamp(min=1).double()
             found.append((within.distances(means)[:, :-1] / spread).log() - total.distances(means).log())
         return torch.stack(found, dim=1)
 
@@ -243,7 +243,7 @@ class Detector:
                     groups = rows.means[members[which][there[which]], view].unflatten(0, (-1, number))
                     counts = within.counts[:-1].clone()
                     counts[own] = left
-                    spread = 1 / number + 1 / counts.clamp(min=1)
+                    spread = 1 / number + 1 / counts.clamp(min=1).double()
                     distances = within.distances_without(groups, own)[:, :-1]
                     found[which, view] = (distances / spread).log() - total.distances_without(groups, 0).log()
                     can[which, view] = True
@@ -264,7 +264,7 @@ def separation(skills: Mapping[str, Skill]) -> dict[str, tuple[str, float]]:
     for view in range(len(_VIEWS)):
         there = [rows.means[rows.counts[:, view] > 0, view] for rows in seen]
         cloud = _Cloud.of(torch.cat(there), _classes(there), len(there))
-        one, other = cloud.counts[:, None], cloud.counts[None]
+        one, other = cloud.counts[:, None].double(), cloud.counts[None].double()
         both = (one * other > 0).double()
         apart += both * one * other / (one + other).clamp(min=1) * torch.cdist(cloud.centres, cloud.centres).square()
         usable += both
@@ -302,4 +302,4 @@ def _seen(views: RowViews) -> _Seen:
     parts = {**dict(zip(VIEWS, views.states.double().unbind(1), strict=True)), "prompt": views.deciding}
     means = torch.stack([parts[name] for name in _VIEWS], dim=1)
     always = torch.ones_like(prompts)
-    return _Seen(means, torch.stack([always, always, prompts & completions], dim=1).long())
+    return _Seen(means, torch.stack([always, always, prompts & completions], dim=1).double())
