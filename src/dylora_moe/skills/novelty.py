@@ -111,14 +111,14 @@ class _Cloud(NamedTuple):
             .clamp(min=_TINY)
         )
 
-    def distances_without(self, groups: Tensor, own: int) -> Tensor:
-        """`[G, C]` of the means of `groups [G, g, D]` of rows of the class `own`, each with its rows taken out.
+    def distances_without(self, rows: Tensor, groups: Tensor, own: int) -> Tensor:
+        """`[G, C]` of the means of `groups [G, g]` of the `rows [·, D]` of a class, each with its rows taken out.
 
         Of n rows n − g are left: what is taken out of the scatter is Σ_i u_i u_iᵀ + g² / (n − g) ū ūᵀ, where u_i are
         the rows and ū their mean as seen from the centre, which moves by − g / (n − g) ū.
         """
         size, left = groups.shape[1], int(self.counts[own]) - groups.shape[1]
-        apart = groups @ self.whiten - self.centres[own]
+        apart = (rows @ self.whiten - self.centres[own])[groups]
         mean = apart.mean(1, keepdim=True)
         taken = torch.cat([apart, mean * (size / left**0.5)], dim=1) * self.shares[own].sqrt()  # [G, g+1, D]
         to_centres = mean + self.centres[own] - self.centres  # [G, C, D]
@@ -240,12 +240,12 @@ class Detector:
                     which, left = there.sum(-1) == number, int(within.counts[own]) - number
                     if not number or left < 1:
                         continue
-                    groups = rows.means[members[which][there[which]], view].unflatten(0, (-1, number))
+                    groups, means = members[which][there[which]].unflatten(0, (-1, number)), rows.means[:, view]
                     counts = within.counts[:-1].clone()
                     counts[own] = left
                     spread = 1 / number + 1 / counts.clamp(min=1).double()
-                    distances = within.distances_without(groups, own)[:, :-1]
-                    found[which, view] = (distances / spread).log() - total.distances_without(groups, 0).log()
+                    distances = within.distances_without(means, groups, own)[:, :-1]
+                    found[which, view] = (distances / spread).log() - total.distances_without(means, groups, 0).log()
                     can[which, view] = True
             ratios.append(found)
             usable.append(can[..., None] & self._has)
