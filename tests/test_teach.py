@@ -100,6 +100,27 @@ def test_rows_added_later_count_as_if_they_had_come_at_once():
     assert sorted(each.rows for each in parts.skills["sql"].taught) == [4, 5]
 
 
+def test_several_are_taught_with_one_fit_or_none(monkeypatch):
+    at_once, one_by_one, fits = mixture(), teach(mixture(), "sql", "law"), []
+    rows = {name: texts(NAMES.index(name), 6) for name in ("sql", "law")}
+    fit = SkillLibrary.fit
+    monkeypatch.setattr(SkillLibrary, "fit", lambda library: fits.append(1) or fit(library))
+    told: list[tuple[str, int]] = []
+    at_once.teach_many(
+        rows, tiny_tokenizer(), sources={"law": "a hash"}, progress=lambda *progress: told.append(progress)
+    )
+    assert fits == [1]
+    assert_equal(router_of(at_once), router_of(one_by_one))
+    assert_equal(at_once.skills.tensors(), one_by_one.skills.tensors())
+    assert told == [(name, count) for name in rows for count in range(1, 7)]
+    assert [at_once.skills[name].taught[0].source for name in rows] == ["", "a hash"]
+    for wrong, message in (({"math": ["fine"], "chat": [""]}, "row 1 is empty"), ({"sql": ["a"], "tax": ["b"]}, "tax")):
+        with pytest.raises(ValueError, match=message):
+            at_once.teach_many(wrong, tiny_tokenizer())
+    assert_equal(router_of(at_once), router_of(one_by_one))
+    assert list(at_once.skills) == ["sql", "law"]
+
+
 def test_an_expert_that_was_never_taught_is_not_chosen():
     model = mixture()
     with pytest.raises(ValueError, match=r"no expert is routed yet: call model\.teach"):

@@ -29,6 +29,9 @@ def test_states_are_those_that_enter_the_layer(architecture, k):
     found = states_of(base, Placement.of(base), k, Row(ids[0].tolist(), 4))
     assert torch.equal(found.states, from_hidden_states(base, k, ids)[:-1])
     assert found.prompt.tolist() == [True] * 4 + [False] * 4
+    early = from_hidden_states(base, k // 2, ids)[:-1].double()
+    assert torch.equal(found.early, early[:4].mean(0))
+    assert torch.equal(states_of(base, Placement.of(base), k, Row(ids[0].tolist(), 0)).early, early.mean(0))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -80,7 +83,7 @@ def test_nothing_stays_behind():
     assert not states.requires_grad
     assert base.training
     assert not base.lm_head.training
-    assert not base.get_decoder().layers[2]._forward_pre_hooks
+    assert not any(layer._forward_pre_hooks for layer in base.get_decoder().layers)
 
 
 def test_a_key_tells_rows_apart():

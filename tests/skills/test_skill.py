@@ -35,6 +35,7 @@ def test_views_are_the_means_of_the_parts_and_one_token(prompt):
         assert difference(view, expected) <= HALF
     at = row.row.key % 9
     assert difference(views.states[0, 2], row.states[at]) <= HALF
+    assert difference(views.states[0, 3], row.early) <= HALF
     assert views.counts.tolist() == [[prompt, 9 - prompt]]
     assert views.token_parts.tolist() == [int(at >= prompt)]
     assert difference(views.deciding[0], row.states[:prompt].mean(0) if prompt else row.states.mean(0)) <= HALF

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 def background_texts() -> list[dict[str, str]]:
     """Rows with `prompt`, empty for plain text, and `completion`."""
-    return [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    with TEXTS.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def background_views(reading: Reading, rows: Sequence[Row], read: Callable[[Sequence[Row]], RowViews]) -> RowViews:
@@ -81,8 +82,9 @@ def _keep(views: RowViews, file: Path) -> None:
     data = save({"keys": views.keys, "counts": views.counts, "states": views.states.contiguous()})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as temporary:
-            temporary.write(data)
-        os.replace(temporary.name, file)
+        with TemporaryDirectory(dir=file.parent, prefix=f"{file.name}.") as temporary:
+            written = Path(temporary) / file.name
+            written.write_bytes(data)
+            os.replace(written, file)
     except OSError as error:
         logger.info("%s cannot be written (%s); the texts are read anew next time", file, error)

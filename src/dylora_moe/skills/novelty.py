@@ -5,14 +5,14 @@ at k. For each such view a skill with mean μ_e of n rows is as far from x, the 
 
     ratio_e(x) = log (x − μ_e)ᵀ W⁻¹ (x − μ_e) / (1/m + 1/n) − log (x − μ)ᵀ T⁻¹ (x − μ)
 
-W is how rows vary within skills, T how all rows do around their mean μ, both shrunk (Ren et al. 2021, arXiv 2106.09022,
-take the difference instead of the logarithm's). The score is the mean over the views, of the skill where it is least.
-The rows of a background of generic texts count in W, T and μ like those of one more skill, but are no answer.
+W is how rows vary within skills, every skill weighing the same, T how all rows do around their mean μ, both shrunk (Ren
+et al. 2021, arXiv 2106.09022, take the difference of the distances). The score is the mean over the views, of the skill
+where it is least. A background of generic texts counts in W, T and μ like one more skill, but is no answer.
 
 What a score means is said by the scores of the kept rows, each with its own part taken out of means, W and T (exactly,
-for a given amount of shrinkage: Sherman, Morrison, Woodbury): p is the share of them that is as high, as in split
-conformal prediction (Vovk, Gammerman, Shafer 2005). Of texts like those taught, a share of at most p has so small a p.
-That is a rate over all skills together, not of each, and says nothing of how texts that are unlike any score.
+for the same shrinkage and weights of the rest: Sherman, Morrison, Woodbury): p is the share of them that is as high, as
+in split conformal prediction (Vovk, Gammerman, Shafer 2005). Of texts like those taught, a share of at most p has so
+small a p. That is a rate over all skills together, not of each, and says nothing of texts that are unlike any of them.
 
 Shapes: N rows, C classes, which are E skills and the background, G groups of g rows, V views, D width of a state.
 """
@@ -38,9 +38,8 @@ RELATED_WITHIN = 5
 """Related is what would be new if so many times as many false alarms were allowed."""
 SHORT = 32
 """Tokens below which a row is too short to be called new, if what its nearest skill was taught is twice as long."""
-DRAWS = 100
-"""Draws of rows of each skill by which a batch is judged."""
 _VIEWS = ("early", "prompt", "completion")
+_TINY = torch.finfo(torch.float64).tiny
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Novelty(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """`means [·, V, D]` of rows or batches, float64, and of how many rows each is: `counts [·, V]`, 0 for none."""
+    """`means [·, V, D]` of rows or batches, and of how many rows each is: `counts [·, V]`, 0 for none; float64."""
 
     means: Tensor
     counts: Tensor
@@ -81,46 +80,50 @@ class _Cloud(NamedTuple):
         whiten: float64 `[D, D]`, by which x becomes one whose squared length is its distance.
         centres: `[C, D]` (or `[1, D]`), whitened.
         counts: `[C]` rows of each.
-        share: of one row in the covariance.
+        shares: `[C]`, of one row of each in the covariance.
     """
 
     whiten: Tensor
     centres: Tensor
     counts: Tensor
-    share: float
+    shares: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, classes: Tensor, count: int) -> _Cloud:
-        """Of `rows [N, D]` of the `classes [N]` 0 … count − 1, some of which may have none."""
+        """Of `rows [N, D]` of the `classes [N]` 0 … count − 1, some of which may have none; each weighs the same."""
         counts = torch.bincount(classes, minlength=count)
         centres = rows.new_zeros(count, rows.shape[1]).index_add_(0, classes, rows) / counts.clamp(min=1)[:, None]
+        shares = 1 / (counts.clamp(min=1) * (counts > 0).sum()).double()
         apart = rows - centres[classes]
-        share = 1 / max(len(rows) - int((counts > 0).sum()), 1)
-        covariance = apart.T @ apart * share
+        covariance = (apart * shares[classes, None]).T @ apart
         covariance.diagonal().add_(SHRINKAGE * (float(covariance.trace()) / len(covariance) or 1.0))
         lower = torch.linalg.cholesky(covariance)
         whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False).T
-        return cls(whiten.contiguous(), centres @ whiten, counts, share)
+        return cls(whiten.contiguous(), centres @ whiten, counts, shares)
 
     def distances(self, means: Tensor) -> Tensor:
         """`[·, C]` of `means [·, D]`."""
-        return torch.cdist(means @ self.whiten, self.centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return (
+            torch.cdist(means @ self.whiten, self.centres, compute_mode="donot_use_mm_for_euclid_dist")
+            .square()
+            .clamp(min=_TINY)
+        )
 
-    def distances_without(self, groups: Tensor, own: int) -> Tensor:
-        """`[G, C]` of the means of `groups [G, g, D]` of rows of the class `own`, each with its rows taken out.
+    def distances_without(self, rows: Tensor, groups: Tensor, own: int) -> Tensor:
+        """`[G, C]` of the means of `groups [G, g]` of the `rows [·, D]` of a class, each with its rows taken out.
 
         Of n rows n − g are left: what is taken out of the scatter is Σ_i u_i u_iᵀ + g² / (n − g) ū ūᵀ, where u_i are
         the rows and ū their mean as seen from the centre, which moves by − g / (n − g) ū.
         """
         size, left = groups.shape[1], int(self.counts[own]) - groups.shape[1]
-        apart = groups @ self.whiten - self.centres[own]
+        apart = (rows @ self.whiten - self.centres[own])[groups]
         mean = apart.mean(1, keepdim=True)
-        taken = torch.cat([apart, mean * (size / left**0.5)], dim=1) * self.share**0.5  # [G, g+1, D]
+        taken = torch.cat([apart, mean * (size / left**0.5)], dim=1) * self.shares[own].sqrt()  # [G, g+1, D]
         to_centres = mean + self.centres[own] - self.centres  # [G, C, D]
         to_centres[:, own] = mean[:, 0] * (1 + size / left)
         along = taken @ to_centres.mT
         inner = torch.eye(size + 1, dtype=taken.dtype) - taken @ taken.mT
-        return to_centres.square().sum(-1) + (along * torch.linalg.solve(inner, along)).sum(1)
+        return (to_centres.square().sum(-1) + (along * torch.linalg.solve(inner, along)).sum(1)).clamp(min=_TINY)
 
 
 class Detector:
@@ -140,7 +143,7 @@ class Detector:
         self._within, self._total = [], []
         for view in range(len(_VIEWS)):
             there = [rows.means[rows.counts[:, view] > 0, view] for rows in self._rows]
-            classes = torch.repeat_interleave(torch.tensor([len(rows) for rows in there]))
+            classes = _classes(there)
             together = torch.cat(there)
             self._within.append(_Cloud.of(together, classes, len(there)))
             self._total.append(_Cloud.of(together, torch.zeros_like(classes), 1))
@@ -158,8 +161,8 @@ class Detector:
     def of_batch(self, views: RowViews, false_alarm: float = FALSE_ALARM) -> Novelty:
         """What is said of all rows together, by the mean of their views.
 
-        It is compared with draws of as many rows of each skill, or of half of those kept. They overlap, so that the
-        rate of false alarms is nearly what was asked.
+        It is compared with groups of rows of each skill: every row with those nearest to it, because rows that come
+        together are alike, more than rows drawn at random. They overlap: the rate of false alarms is no promise here.
         """
         rows = _seen(views)
         together = _Seen(_mean(rows)[None], rows.counts.sum(0, keepdim=True))
@@ -167,13 +170,13 @@ class Detector:
         return self._judge(together, [length], len(rows.means), false_alarm)[0]
 
     def known_scores(self, size: int = 1, there: Tensor | None = None) -> Tensor:
-        """Float64 `[G]`: the scores of known rows, or draws of `size` of them, that had no part in what they met.
+        """Float64 `[G]`: the scores of known rows, or groups of `size` of them, that had no part in what they met.
 
         Args:
-            size: rows of one draw; each skill's are at most half of those that are kept.
+            size: rows of a group, rounded down to a power of two; at most half of a skill's.
             there: bool `[V]`, the views by which they are scored; default all.
         """
-        size = 1 << (size.bit_length() - 1)  # few sizes, so that they are kept
+        size = 1 << (size.bit_length() - 1)  # few sizes, each of which is kept
         if size not in self._known:
             self._known[size] = self._left_out(size)
         ratios, usable = self._known[size]
@@ -218,43 +221,44 @@ class Detector:
         found = []
         for view, (within, total) in enumerate(zip(self._within, self._total, strict=True)):
             means = seen.means[:, view]
-            spread = 1 / seen.counts[:, view, None].clamp(min=1) + 1 / within.counts[:-1].clamp(min=1)
+            spread = 1 / seen.counts[:, view, None].clamp(min=1) + 1 / within.counts[:-1].clamp(min=1).double()
             found.append((within.distances(means)[:, :-1] / spread).log() - total.distances(means).log())
         return torch.stack(found, dim=1)
 
     def _left_out(self, size: int) -> tuple[Tensor, Tensor]:
-        """Float64 `[G, V, E]` ratios of all draws, and bool which of them can be used."""
+        """Float64 `[G, V, E]` ratios of all groups, and bool which of them can be used."""
         ratios, usable = [], []
         for own, rows in enumerate(self._rows[:-1]):
-            draws = _draws(len(rows.means), size)
-            found = rows.means.new_zeros(len(draws), len(_VIEWS), len(self.skills))
-            can = torch.zeros(len(draws), len(_VIEWS), dtype=torch.bool)
+            members = _groups(rows.means[:, _VIEWS.index("prompt")], size)
+            found = rows.means.new_zeros(len(members), len(_VIEWS), len(self.skills))
+            can = torch.zeros(len(members), len(_VIEWS), dtype=torch.bool)
             for view, (within, total) in enumerate(zip(self._within, self._total, strict=True)):
-                there = rows.counts[draws, view] > 0
+                there = rows.counts[members, view] > 0
                 for number in there.sum(-1).unique().tolist():
                     which, left = there.sum(-1) == number, int(within.counts[own]) - number
                     if not number or left < 1:
                         continue
-                    groups = rows.means[draws[which][there[which]], view].unflatten(0, (-1, number))
+                    groups, means = members[which][there[which]].unflatten(0, (-1, number)), rows.means[:, view]
                     counts = within.counts[:-1].clone()
                     counts[own] = left
-                    spread = 1 / number + 1 / counts.clamp(min=1)
-                    distances = within.distances_without(groups, own)[:, :-1]
-                    found[which, view] = (distances / spread).log() - total.distances_without(groups, 0).log()
+                    spread = 1 / number + 1 / counts.clamp(min=1).double()
+                    distances = within.distances_without(means, groups, own)[:, :-1]
+                    found[which, view] = (distances / spread).log() - total.distances_without(means, groups, 0).log()
                     can[which, view] = True
             ratios.append(found)
             usable.append(can[..., None] & self._has)
         return torch.cat(ratios), torch.cat(usable)
 
 
-def _draws(count: int, size: int) -> Tensor:
-    """Int64 `[G, g]`: each of `count` rows by itself, or draws of `size`, or of half of them."""
-    if size == 1:
-        return torch.arange(count)[:, None]
-    size = max(min(size, count // 2), 1)
-    drawn = torch.Generator().manual_seed(0)
-    rounds = [torch.randperm(count, generator=drawn)[: count // size * size] for _ in range(DRAWS)]
-    return torch.cat(rounds).unflatten(0, (-1, size))[:DRAWS]
+def _classes(rows: list[Tensor]) -> Tensor:
+    """Int64 `[N]`, the number of the tensor that each row is of."""
+    return torch.arange(len(rows)).repeat_interleave(torch.tensor([len(each) for each in rows]))
+
+
+def _groups(rows: Tensor, size: int) -> Tensor:
+    """Int64 `[R, g]`: each of `rows [R, D]` with those nearest to it, `size` together, or half of all."""
+    size = max(min(size, len(rows) // 2), 1)
+    return torch.cdist(rows, rows).fill_diagonal_(-1).topk(size, largest=False).indices
 
 
 def _least(ratios: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,4 +280,4 @@ def _seen(views: RowViews) -> _Seen:
     parts = {**dict(zip(VIEWS, views.states.double().unbind(1), strict=True)), "prompt": views.deciding}
     means = torch.stack([parts[name] for name in _VIEWS], dim=1)
     always = torch.ones_like(prompts)
-    return _Seen(means, torch.stack([always, always, prompts & completions], dim=1).long())
+    return _Seen(means, torch.stack([always, always, prompts & completions], dim=1).double())

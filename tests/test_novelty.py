@@ -1,0 +1,104 @@
+"""Novelty of a mixture: taught texts are known, others new; the background is read once; the library decides."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dylora_moe import DyLoraMoE
+from dylora_moe.skills import novelty as novelty_module
+from tinybase import tiny_base, tiny_tokenizer
+from topics import NAMES, mixture, teach, texts
+
+ROWS = 25
+"""Per skill: enough in all for a false alarm rate of 1 %."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYLORA_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> DyLoraMoE:
+    return teach(mixture(), *NAMES[:4], count=ROWS)
+
+
+def test_taught_texts_are_known_and_others_are_newer(model):
+    tokenizer = tiny_tokenizer()
+    known = model.novelty(texts(0, 20, seed=1), tokenizer=tokenizer)
+    new = model.novelty(texts(4, 20, seed=1), tokenizer=tokenizer)
+    assert sum(one.answer == "known" and one.skill == "sql" for one in known) >= 15
+    low, high = (sorted(one.score for one in found)[10] for found in (known, new))
+    assert high > low
+    together = model.novelty(texts(0, 8, seed=2), batch=True, tokenizer=tokenizer)
+    assert (together.answer, together.skill) == ("known", "sql")
+    assert model.novelty(["#$%&" * 20] * 4, batch=True, tokenizer=tokenizer).answer == "new"
+
+
+def test_a_row_that_was_taught_with_is_no_exception_to_the_form_of_rows(model):
+    for rows, message in (("one text", "a list of texts"), ([""], "row 1 is empty"), ([], "no rows were given")):
+        with pytest.raises(ValueError, match=message):
+            model.novelty(rows, tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="separator"):
+        model.novelty(["some text"], tokenizer=tiny_tokenizer(), separator=" : ")
+    with pytest.raises(ValueError, match=r"no skill was taught yet.*call teach"):
+        mixture().novelty(["some text"], tokenizer=tiny_tokenizer())
+
+
+def test_any_order_of_teaching_and_a_checkpoint_give_the_same(model, tmp_path):
+    rows, tokenizer = texts(4, 5), tiny_tokenizer()
+    expected = model.novelty(rows, tokenizer=tokenizer)
+    assert teach(mixture(), *NAMES[3::-1], count=ROWS).novelty(rows, tokenizer=tokenizer) == expected
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = DyLoraMoE.from_pretrained(str(tmp_path / "mixture"), base=tiny_base())
+    assert loaded.novelty(rows, tokenizer=tokenizer) == expected
+
+
+def test_what_changes_the_library_changes_what_is_known():
+    model, tokenizer = teach(mixture(), *NAMES[:3], count=ROWS), tiny_tokenizer()
+    before = model.novelty(texts(3, 5), tokenizer=tokenizer)
+    teach(model, "chat", count=ROWS)
+    after = model.novelty(texts(3, 5), tokenizer=tokenizer)
+    assert all(new.score < old.score and new.skill == "chat" for new, old in zip(after, before, strict=True))
+    model.forget("chat")
+    assert model.novelty(texts(3, 5), tokenizer=tokenizer) == before
+    model.rename_expert("law", "legal")
+    assert {one.skill for one in model.novelty(texts(1, 5), tokenizer=tokenizer)} == {"legal"}
+    model.skills.compact()
+    assert model.novelty(texts(1, 5), tokenizer=tokenizer)[0].skill == "legal"
+
+
+def test_nothing_is_changed_and_nothing_read_twice(model, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    model.novelty(["ab" * 20], tokenizer=tokenizer)
+    router = {name: tensor.clone() for name, tensor in model.router.state_dict().items()}
+    skills, made = model.skills, []
+    monkeypatch.setattr(novelty_module.Detector, "__init__", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("dylora_moe.model.background_views", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("dylora_moe.model.Reading.of", lambda *arguments: made.append(arguments))
+    model.train()
+    started = time.perf_counter()
+    model.novelty(["ab" * 20], tokenizer=tokenizer)
+    assert time.perf_counter() - started < 1  # milliseconds, on a machine with nothing else to do
+    assert not made
+    assert model.training
+    assert model.skills is skills
+    assert all(torch.equal(model.router.state_dict()[name], tensor) for name, tensor in router.items())
+    model.eval()
+
+
+def test_a_mixture_with_a_trained_router_knows_as_well():
+    model = teach(mixture(router_type="mlp"), "sql", count=ROWS)
+    assert model.novelty(texts(0, 3), tokenizer=tiny_tokenizer(), false_alarm=0.1)[0].skill == "sql"
+
+
+@pytest.mark.parametrize("place", [0, "last"])
+def test_wherever_the_router_reads(place):
+    model = teach(mixture(router_layer=place), "sql", "law", count=8)
+    found = model.novelty(texts(1, 3), tokenizer=tiny_tokenizer(), false_alarm=0.1)
+    assert all(torch.isfinite(torch.tensor(one.score)) for one in found)
