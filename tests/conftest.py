@@ -22,6 +22,11 @@ hypothesis.settings.register_profile("dylora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dylora")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["DYLORA_MOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)

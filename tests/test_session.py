@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
+from dylora_moe.routing.granularity import GRANULARITIES
 from dylora_moe.session import Session, pieces
 from tinybase import save_tiny_base, tiny_tokenizer
 
@@ -143,3 +144,11 @@ def test_folding_says_when_it_does_not_apply(saved):
         ValueError, match=r"fold does not apply: .* routes every token by itself. Force one .*sql, date"
     ):
         Session(saved()).complete(PROMPT, fold=True)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_granularity_has_gradients(saved, granularity):
+    session = Session(saved(granularity=granularity))
+    session.backward(PROMPT)
+    found = [part.tensor.grad for name in session.model.expert_names for part in session.model.expert_tensors(name)]
+    assert any(gradient is not None and bool(gradient.any()) for gradient in found)

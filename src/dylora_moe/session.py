@@ -111,10 +111,16 @@ class Session:
         return self._answer(text, ids, len(ids), trace)
 
     def backward(self, text: str) -> None:
-        """One backward pass of the language-model loss on `text`, for a gradient report."""
+        """One backward pass of the language-model loss on `text`, for a gradient report.
+
+        Where the prompt decides for the sequence, the first half of the text is the prompt.
+        """
         inputs = self._encode(text)
+        labels = inputs["input_ids"].clone()
+        if GRANULARITIES[self.model.moe_config.granularity].per_sequence:
+            labels[:, : (labels.shape[1] + 1) // 2] = -100
         self.model.zero_grad()
-        self.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        self.model(**inputs, labels=labels).loss.backward()
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         if not text:
