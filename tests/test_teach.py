@@ -53,7 +53,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence", "prefix"])
+@pytest.mark.parametrize("granularity", ["token", "sequence", pytest.param("prefix", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", PLACES)
 def test_texts_are_routed_to_what_was_taught_with_them(place, granularity):
     model = teach(mixture(granularity=granularity, **PLACES[place]))

@@ -249,6 +249,15 @@ def test_a_cache_of_another_granularity_or_other_experts():
         model(ids, past_key_values=cache)
 
 
+def test_the_trace_of_a_forced_row_counts_its_real_tokens():
+    model, (ids, mask) = mixture("llama", "middle"), left_padded([tokens(1, 6)[0], tokens(1, 4, seed=2)[0]])
+    options = {"attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
+    for forced in ("red", None):
+        with model.trace() as trace:
+            generate(model, ids, experts=forced, **options)
+        assert trace.table()[0]["tokens"] == 6 + 4 + 2 * (NEW - 1)
+
+
 def test_packed_requests_are_refused():
     model = mixture("llama", "middle")
     with pytest.raises(ValueError, match='has no place; use granularity="token"'):

@@ -62,7 +62,7 @@ def test_a_family_decodes_with_a_cache_or_refuses_one(family):
 
 def test_a_pass_gets_the_layer_of_its_cache():
     base = family_base("llama")
-    where, kwargs = (base, Placement.of(base)), {"input_ids": IDS}
+    where, kwargs = (base, Placement.of(base), False), {"input_ids": IDS}
     made, first = continued(*where, kwargs, 7, training=False)
     cache = made["past_key_values"]
     assert kwargs == {"input_ids": IDS}

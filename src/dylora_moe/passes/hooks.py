@@ -37,7 +37,7 @@ from dylora_moe.routing.router import Router
 from dylora_moe.routing.trace import RoutingTrace
 from dylora_moe.sharding import is_sharded
 
-from .cache import tokens_in
+from .cache import keeps_no_cache, tokens_in
 from .first_pass import first_pass
 from .running_scores import Continued, continued, positions_scored
 
@@ -114,6 +114,7 @@ class PassHooks:
         self._inside_base = False
         decoder = placement.decoder(base)
         self._checkpointable = checkpointable(decoder)
+        self._keeps_no_cache = keeps_no_cache(base, placement)
         self._handles = [
             base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             base.register_forward_hook(self._after_base, always_call=True),
@@ -213,7 +214,7 @@ class PassHooks:
         call = self.new_call() if self.call is None else self.call
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         batch, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
-        cumulative = self._granularity.cumulative
+        cumulative = self._granularity.cumulative and not call.decided
         seen = positions_scored(kwargs.get(str(self.placement.cache_argument))) if cumulative else None
         rows = call.rows(batch, length, mask, self.experts.names, seen)
         self._pass, self._waiting, call.decision = (call, rows, Continued()), False, None
@@ -231,7 +232,8 @@ class PassHooks:
             where = (self.base, self.placement, self.router_layer)
             kwargs, hidden = first_pass(*where, kwargs, keep, self.mixture.training)
         if cumulative and not rows.forced:
-            kwargs, earlier = continued(self.base, self.placement, kwargs, length, self.mixture.training)
+            where = (self.base, self.placement, self._keeps_no_cache)
+            kwargs, earlier = continued(*where, kwargs, length, self.mixture.training)
             self._pass = call, rows, earlier
         if hidden is None:
             self._waiting = True

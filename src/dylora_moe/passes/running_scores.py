@@ -16,7 +16,7 @@ from dylora_moe.arguments import sequence_starts
 from dylora_moe.base.placement import Placement
 from dylora_moe.routing.granularity import Deciding
 
-from .cache import RunningScores, keeps_no_cache, main_cache, tokens_in
+from .cache import RunningScores, main_cache, tokens_in
 
 FILLED_WITHOUT = (
     "this cache was filled without the running mean of the router's scores (by a forced or base pass, another "
@@ -63,13 +63,14 @@ def positions_scored(cache: Any) -> int | Tensor:
 
 
 def continued(
-    base: nn.Module, placement: Placement, kwargs: dict, length: int, training: bool
+    base: nn.Module, placement: Placement, no_cache: bool, kwargs: dict, length: int, training: bool
 ) -> tuple[dict, Continued]:
     """What a pass over a cache goes on from; a cache that has no totals yet gets a layer for them.
 
     Args:
         base: the causal language model.
         placement: where its decoder layers are.
+        no_cache: whether the base keeps its state elsewhere than in a transformers `Cache`.
         kwargs: what the decoder was called with.
         length: S.
         training: of the mixture.
@@ -87,7 +88,7 @@ def continued(
             'router\'s scores has no place; use granularity="token".'
         )
     starts = sequence_starts(kwargs, length)
-    if keeps_no_cache(base, placement):
+    if no_cache:
         if kwargs.get("use_cache") or kwargs.get("state") is not None:
             raise ValueError(
                 f"{type(base).__name__} keeps its state in no transformers Cache, so that the running mean of the "
@@ -104,5 +105,7 @@ def continued(
         cache.layers.append(layer)  # pyright: ignore[reportArgumentType]
     below = cache.layers[:count]
     seen, scored = tokens_in(Cache(layers=below)), layer.length
+    if isinstance(seen, Tensor) and isinstance(scored, Tensor):  # a static cache's, on the device of its first layer
+        seen = seen.to(scored.device)
     counted = any(isinstance(each, CacheLayerMixin) for each in below)  # recurrent states do not count their tokens
     return kwargs, Continued(layer, scored == seen if counted else bool(scored) == bool(seen), starts)
