@@ -43,7 +43,7 @@ DOMAINS = (
     "cl_superni/task1687_sentiment140_classification",
     "cl_superni/task1729_personachat_generate_next",
 )
-FIT, HELD_OUT, BATCH, BATCHES = 80, 40, 16, 10
+FIT, HELD_OUT, BATCH, BATCHES = 80, 40, 16, 5
 CELLS = [
     *(("whole", rows, "others") for rows in (80, 40, 20)),
     ("stripped", 80, "others"),
