@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ def views_of(*seeds: int, centre: float = 0.0, **shape) -> RowViews:
     return RowViews.of_each(row_states(seed, centre, **shape) for seed in seeds)
 
 
-def means(views: RowViews) -> list[list[torch.Tensor | None]]:
+def means(views: RowViews) -> list[list[Any]]:
     """Row → early, prompt (of plain text all), completion (None without one)."""
-    found: list[list[torch.Tensor | None]] = []
+    found: list[list[Any]] = []
     for (prompt, completion), (of_prompt, of_completion, _, early) in zip(
         views.counts.tolist(), views.states.double(), strict=True
     ):
@@ -37,7 +38,7 @@ def mean(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(rows).mean(0)
 
 
-def by_hand(x: list[torch.Tensor | None], size: int = 1, without: tuple[str, list[int]] | None = None) -> float:
+def by_hand(x: list[Any], size: int = 1, without: tuple[str, list[int]] | None = None) -> float:
     """The score of a text: loops, and everything of the rows `without` taken out but for shrinkage and weights."""
     classes = {**{name: each.views for name, each in SKILLS.items()}, "background": BACKGROUND}
     ratios: dict[str, list[float]] = {name: [] for name in SKILLS}
@@ -83,7 +84,7 @@ def test_a_score_is_the_formula(shape):
 
 def test_a_batch_is_scored_by_the_mean_of_its_views():
     views = views_of(900, 901, 902, 903, centre=1.0)
-    together = [mean([row[view] for row in means(views)]) for view in range(3)]  # type: ignore[misc]
+    together = [mean([row[view] for row in means(views)]) for view in range(3)]
     assert Detector(SKILLS, BACKGROUND).of_batch(views).score == pytest.approx(by_hand(together, size=4), rel=EXACT)
 
 
@@ -101,9 +102,9 @@ def test_known_groups_are_scored_as_if_they_had_not_been_there():
         rows = means(each.views)
         for n, row in enumerate(rows):
             others = [m for m in range(len(rows)) if m != n]
-            near = min(others, key=lambda m: float((rows[m][1] - row[1]).norm()))  # type: ignore[operator]
+            near = min(others, key=lambda m: float((rows[m][1] - row[1]).norm()))
             group = [rows[n], rows[near]]
-            together = [None if group[0][v] is None else mean([g[v] for g in group]) for v in range(3)]  # type: ignore[misc]
+            together = [None if group[0][v] is None else mean([g[v] for g in group]) for v in range(3)]
             expected.append(by_hand(together, size=2, without=(name, [n, near])))
     found = Detector(SKILLS, BACKGROUND).known_scores(2)
     assert difference(found, torch.tensor(expected, dtype=torch.float64)) <= EXACT

@@ -37,7 +37,8 @@ FALSE_ALARM = 0.01
 RELATED_WITHIN = 5
 """Related is what would be new if so many times as many false alarms were allowed."""
 SHORT = 32
-"""Tokens below which a row is too short to be called new, if what its nearest skill was taught is twice as long."""
+"""Tokens below which a row is too short to be called new, if hardly any row of the nearest skill is so short."""
+HARDLY_ANY = 0.05
 _VIEWS = ("early", "prompt", "completion")
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -138,11 +139,12 @@ class Detector:
         """Made of the skills' kept rows and those of the background."""
         self.skills = dict(sorted(skills.items()))
         self.background = background
-        self._rows = [_seen(views) for views in (*(skill.views for skill in self.skills.values()), background)]
-        self._lengths = [float(skill.views.counts.sum(-1).double().median()) for skill in self.skills.values()]
+        seen = [_seen(views) for views in (*(skill.views for skill in self.skills.values()), background)]
+        lengths = [skill.views.counts.sum(-1).double() for skill in self.skills.values()]
+        self._shortest = [float(each.quantile(HARDLY_ANY)) for each in lengths]
         self._within, self._total = [], []
         for view in range(len(_VIEWS)):
-            there = [rows.means[rows.counts[:, view] > 0, view] for rows in self._rows]
+            there = [rows.means[rows.counts[:, view] > 0, view] for rows in seen]
             classes = _classes(there)
             together = torch.cat(there)
             self._within.append(_Cloud.of(together, classes, len(there)))
@@ -204,7 +206,7 @@ class Detector:
         for skill, length, one_p, score in zip(nearest.tolist(), lengths, p.tolist(), scores.tolist(), strict=True):
             if one_p > RELATED_WITHIN * false_alarm:
                 answer = KNOWN
-            elif length < SHORT and 2 * length < self._lengths[skill]:
+            elif length < min(SHORT, self._shortest[skill]):
                 answer = TOO_SHORT
             else:
                 answer = RELATED if one_p > false_alarm else NEW
@@ -228,7 +230,8 @@ class Detector:
     def _left_out(self, size: int) -> tuple[Tensor, Tensor]:
         """Float64 `[G, V, E]` ratios of all groups, and bool which of them can be used."""
         ratios, usable = [], []
-        for own, rows in enumerate(self._rows[:-1]):
+        for own, skill in enumerate(self.skills.values()):
+            rows = _seen(skill.views)
             members = _groups(rows.means[:, _VIEWS.index("prompt")], size)
             found = rows.means.new_zeros(len(members), len(_VIEWS), len(self.skills))
             can = torch.zeros(len(members), len(_VIEWS), dtype=torch.bool)
