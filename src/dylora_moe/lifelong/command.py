@@ -159,7 +159,8 @@ def _learn_file(
 
 def _propose(parts: Sequence[tuple[Example, ...]]) -> None:
     """Say how rows of several skills would be split."""
-    table = Table(title=f"The new rows look like {len(parts)} skills")
+    _say(f"The new rows look like {len(parts)} skills:")
+    table = Table()
     table.add_column("rows", justify="right")
     table.add_column("such as")
     for part in parts:
@@ -178,7 +179,8 @@ def _training(mixture: Any, work: Path, how: dict[str, Any]) -> Training:
 
 def _show(seen: Look) -> None:
     """What the rows of a file are."""
-    table = Table(title=f"{len(seen.examples)} rows; together {seen.whole}")
+    _say(f"{len(seen.examples)} rows, together {seen.whole}")
+    table = Table()
     table.add_column("answer")
     table.add_column("rows", justify="right")
     for answer, count in seen.counts.items():
