@@ -39,6 +39,7 @@ RELATED_WITHIN = 5
 SHORT = 32
 """Tokens below which a row is too short to be called new, if hardly any row of the nearest skill is so short."""
 HARDLY_ANY = 0.05
+"""Share of a skill's rows."""
 TWINS = 5.0
 """Separation below which two skills are the same: halves of 13 domains were 0.1 to 4.0 apart, others 15 or more."""
 _VIEWS = ("early", "prompt", "completion")
