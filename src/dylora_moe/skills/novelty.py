@@ -39,6 +39,7 @@ RELATED_WITHIN = 5
 SHORT = 32
 """Tokens below which a row is too short to be called new, if hardly any row of the nearest skill is so short."""
 HARDLY_ANY = 0.05
+"""Share of a skill's rows."""
 _VIEWS = ("early", "prompt", "completion")
 _TINY = torch.finfo(torch.float64).tiny
 
