@@ -1,0 +1,171 @@
+"""Specialists with a router in closed form beside joint training: held-out loss of four domains at equal rows.
+
+    python benchmarks/quality/measure.py --data FOLDER
+
+`FOLDER` holds a folder per domain of recipes/real.yaml with `train.jsonl` and `test.jsonl` (prompt, completion), which
+take the place of the hub's. A cell, a way of training at a rate with a seed, is a JSON file in `results/`; a column of
+it, a way of routing, is not measured again. Trained mixtures lie in `runs/quality`. Every method is run at three rates
+with the first seed, and at the best of them with the others. `--table` puts the cells into docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+
+from dylora_moe import DyLoraMoE
+from dylora_moe.data.examples import Example, fit_to_length
+from dylora_moe.evaluation.held_out import by_domain, completion_loss
+from dylora_moe.training.recipe.recipe import load_recipe
+from dylora_moe.training.run.build import load_recipe_examples, load_tokenizer, loading_options
+from dylora_moe.training.run.job import Job
+
+ROOT = Path(__file__).parents[2]
+RESULTS, RUNS = Path(__file__).parent / "results", Path("runs/quality")
+PAGE = ROOT / "docs" / "training.md"
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+DOMAINS = ("gsm8k", "wikisql", "e2e_nlg", "pubmedqa")
+RATES, SEEDS, STEPS, HELD_OUT = (1e-3, 2e-3, 4e-3), (0, 1, 2), 40, 32
+LENGTH = 384
+METHODS = {
+    "specialists": ["train.method=specialists", "mixture.router_type=closed_form", "train.domain_coefficient=null"],
+    "joint": ["train.method=joint", "mixture.router_type=mlp", "train.domain_coefficient=0.1"],
+}
+DECIDES = {"specialists": "sequence top-1", "joint": "token top-2"}
+"""The column that a method's best rate is chosen by: how it is meant to be used."""
+COLUMNS: dict[str, dict[str, Any]] = {
+    "oracle": {},
+    **{
+        f"{granularity} {name}": {"granularity": granularity, "top_k": top_k}
+        for granularity in ("sequence", "prefix", "token")
+        for name, top_k in {"top-1": 1, "top-2": 2, "dense": None}.items()
+    },
+}
+OF_METHOD = {
+    "specialists": ["oracle", "sequence top-1", "token top-1", "sequence top-2", "sequence dense", "token top-2"],
+    "joint": ["token top-2", "token top-1", "token dense"],
+}
+
+
+def recipe_for(method: str, rate: float, seed: int, data: Path, held_out: bool) -> Any:
+    """The recipe of a cell; without held-out data the run measures nothing itself."""
+    overrides = [*METHODS[method], f"train.learning_rate={rate}", f"seed={seed}", f"train.max_steps={STEPS}"]
+    overrides += [f"output={RUNS / f'{method}-{rate:g}-{seed}'}", f"eval.samples={HELD_OUT}"]
+    for name in DOMAINS:
+        folder = (data / name).absolute()
+        overrides.append(f"experts.{name}.data.train={folder / 'train.jsonl'}")
+        if held_out:
+            overrides.append(f"experts.{name}.data.test={folder / 'test.jsonl'}")
+    return load_recipe(ROOT / "recipes" / "real.yaml", overrides)
+
+
+def measure(mixture: DyLoraMoE, column: str, test: list[Example], tokenizer: Any) -> dict[str, dict]:
+    """One column: nats per completion token by domain."""
+    config = mixture.moe_config
+    for key, value in COLUMNS[column].items():
+        setattr(config, key, value)
+    found = {}
+    for domain, rows in by_domain(test).items():
+        force = {"experts": domain} if column == "oracle" else {}
+        found |= completion_loss(mixture, tokenizer, rows, batch_size=4, **force)
+    return {domain: one.__dict__ for domain, one in found.items()}
+
+
+def cells() -> Iterator[tuple[str, float, int]]:
+    """What is to be measured, in this order; the other seeds once the best rate is known."""
+    for method in METHODS:
+        for rate in RATES:
+            yield method, rate, 0
+    for seed in SEEDS[1:]:
+        for method in METHODS:
+            yield method, best_rate(method), seed
+
+
+def file_of(method: str, rate: float, seed: int) -> Path:
+    """Where a cell is kept."""
+    return RESULTS / f"{method}-{rate:g}-{seed}.json"
+
+
+def read(method: str, rate: float, seed: int) -> dict:
+    """What is known of a cell."""
+    file = file_of(method, rate, seed)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def mean_of(cell: dict, column: str) -> float:
+    """The mean over the domains."""
+    return fmean(cell[column][name]["value"] for name in DOMAINS)
+
+
+def best_rate(method: str) -> float:
+    """The rate with the lowest held-out loss with the first seed."""
+    return min(RATES, key=lambda rate: mean_of(read(method, rate, SEEDS[0]), DECIDES[method]))
+
+
+def table() -> str:
+    """Every method and column at its best rate: the mean over the seeds, each seed, and the interval over rows."""
+    lines = ["| method | rate | routing | mean | seeds | over rows |", "| --- | ---: | --- | ---: | --- | ---: |"]
+    for method in METHODS:
+        if not all(DECIDES[method] in read(method, rate, SEEDS[0]) for rate in RATES):
+            continue
+        rate = best_rate(method)
+        found = [read(method, rate, seed) for seed in SEEDS]
+        for column in COLUMNS:
+            measured = [cell for cell in found if column in cell]
+            if not measured:
+                continue
+            means = [mean_of(cell, column) for cell in measured]
+            widths = [
+                sum((cell[column][name]["high"] - cell[column][name]["low"]) ** 2 for name in DOMAINS) ** 0.5 / 8
+                for cell in measured
+            ]
+            spread = f", σ {stdev(means):.3f}" if len(means) > 1 else ""
+            listed = " · ".join(f"{value:.3f}" for value in means)
+            lines.append(
+                f"| {method} | {rate:g} | {column} | {fmean(means):.3f} | {listed}{spread} | ± {fmean(widths):.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder per domain")
+    parser.add_argument("--columns", nargs="*", choices=list(COLUMNS), help="further ways of routing to measure")
+    parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/training.md")
+    asked = parser.parse_args()
+    if asked.table:
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        return
+    if asked.data is None:
+        parser.error("--data is needed: the folder with the domains")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for method, rate, seed in cells():
+        cell = read(method, rate, seed)
+        wanted = [*OF_METHOD[method], *(asked.columns or [])]
+        missing = [column for column in wanted if column not in cell]
+        if not missing:
+            continue
+        recipe = recipe_for(method, rate, seed, asked.data, held_out=False)
+        folder = Path(recipe.output)
+        if not (folder / "results.json").exists():
+            Job(recipe, Console(quiet=True)).run(resume=(folder / "recipe.yaml").exists())
+        test = load_recipe_examples(recipe_for(method, rate, seed, asked.data, held_out=True))[1]
+        tokenizer = load_tokenizer(recipe)
+        test = fit_to_length(test, tokenizer, LENGTH, "drop", what="the held-out data")
+        mixture = DyLoraMoE.from_pretrained(str(folder), **loading_options(recipe))
+        for column in missing:
+            cell[column] = measure(mixture, column, test, tokenizer)
+            file_of(method, rate, seed).write_text(json.dumps(cell, indent=1) + "\n")
+            print(f"{method} at {rate:g}, seed {seed}, {column}: {mean_of(cell, column):.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
