@@ -5,7 +5,7 @@
 `FOLDER` holds a folder per domain of recipes/real.yaml with `train.jsonl` and `test.jsonl` (prompt, completion), which
 take the place of the hub's. A cell, a way of training at a rate with a seed, is a JSON file in `results/`; a column of
 it, a way of routing, is not measured again. Trained mixtures lie in `runs/quality`. Every method is run at three rates
-with the first seed, and at the best of them with the others. `--table` puts the cells into docs/training.md.
+with the first seed, and with the others at the best of them. `--table` puts the cells into docs/training.md.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ RESULTS, RUNS = Path(__file__).parent / "results", Path("runs/quality")
 PAGE = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 DOMAINS = ("gsm8k", "wikisql", "e2e_nlg", "pubmedqa")
-RATES, SEEDS, STEPS, HELD_OUT = (1e-3, 2e-3, 4e-3), (0, 1, 2), 40, 32
+RATES, SEEDS, STEPS, HELD_OUT = (1e-3, 2e-3, 4e-3), (0, 1, 2), 40, 24
 LENGTH = 384
+EXPECTED = 2e-3
+"""The rate that is best as far as is known, and is measured first."""
 METHODS = {
-    "specialists": ["train.method=specialists", "mixture.router_type=closed_form", "train.domain_coefficient=null"],
+    "specialists": ["train.method=specialists", "mixture.router_type=closed_form", "train.domain_coefficient=0"],
     "joint": ["train.method=joint", "mixture.router_type=mlp", "train.domain_coefficient=0.1"],
 }
 DECIDES = {"specialists": "sequence top-1", "joint": "token top-2"}
@@ -48,8 +50,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     },
 }
 OF_METHOD = {
-    "specialists": ["oracle", "sequence top-1", "token top-1", "sequence top-2", "sequence dense", "token top-2"],
-    "joint": ["token top-2", "token top-1", "token dense"],
+    "specialists": ["oracle", "sequence top-1"],
+    "joint": ["token top-2"],
 }
 
 
@@ -78,10 +80,13 @@ def measure(mixture: DyLoraMoE, column: str, test: list[Example], tokenizer: Any
 
 
 def cells() -> Iterator[tuple[str, float, int]]:
-    """What is to be measured, in this order; the other seeds once the best rate is known."""
-    for method in METHODS:
-        for rate in RATES:
-            yield method, rate, 0
+    """What is to be measured, in this order."""
+    for seed in SEEDS:
+        for method in METHODS:
+            yield method, EXPECTED, seed
+    for rate in RATES:
+        for method in METHODS:
+            yield method, rate, SEEDS[0]
     for seed in SEEDS[1:]:
         for method in METHODS:
             yield method, best_rate(method), seed
@@ -105,14 +110,15 @@ def mean_of(cell: dict, column: str) -> float:
 
 def best_rate(method: str) -> float:
     """The rate with the lowest held-out loss with the first seed."""
-    return min(RATES, key=lambda rate: mean_of(read(method, rate, SEEDS[0]), DECIDES[method]))
+    known = [rate for rate in RATES if DECIDES[method] in read(method, rate, SEEDS[0])]
+    return min(known, key=lambda rate: mean_of(read(method, rate, SEEDS[0]), DECIDES[method]))
 
 
 def table() -> str:
     """Every method and column at its best rate: the mean over the seeds, each seed, and the interval over rows."""
     lines = ["| method | rate | routing | mean | seeds | over rows |", "| --- | ---: | --- | ---: | --- | ---: |"]
     for method in METHODS:
-        if not all(DECIDES[method] in read(method, rate, SEEDS[0]) for rate in RATES):
+        if not any(DECIDES[method] in read(method, rate, SEEDS[0]) for rate in RATES):
             continue
         rate = best_rate(method)
         found = [read(method, rate, seed) for seed in SEEDS]
