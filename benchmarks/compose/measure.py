@@ -62,8 +62,8 @@ class Domain:
 
     def __init__(self, folder: Path, held_out: int, read):
         self.read, self.texts = read, {}
-        self.rows = [_rows(folder / "train.jsonl", MOST, f"draw {draw}") for draw in range(DRAWS)]
-        self.held_out = [_means(read(row)) for row in _rows(folder / "test.jsonl", held_out, "held out")]
+        self.rows = [rows_of(folder / "train.jsonl", MOST, f"draw {draw}") for draw in range(DRAWS)]
+        self.held_out = [_means(read(row)) for row in rows_of(folder / "test.jsonl", held_out, "held out")]
 
     def taught(self, draw: int, count: int) -> list[RowStates]:
         """The first `count` texts of a draw."""
@@ -73,7 +73,8 @@ class Domain:
         return [self.texts[draw, number] for number in range(count)]
 
 
-def _rows(file: Path, count: int, seed: str) -> list[dict]:
+def rows_of(file: Path, count: int, seed: str) -> list[dict]:
+    """So many rows of a file, drawn by the seed."""
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return random.Random(seed).sample(rows, min(count, len(rows)))

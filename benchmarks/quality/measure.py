@@ -74,7 +74,7 @@ def measure(mixture: DyLoraMoE, column: str, test: list[Example], tokenizer: Any
         setattr(config, key, value)
     found = {}
     for domain, rows in by_domain(test).items():
-        force = {"experts": domain} if column == "oracle" else {}
+        force: dict[str, Any] = {"experts": domain} if column == "oracle" else {}
         found |= completion_loss(mixture, tokenizer, rows, batch_size=4, **force)
     return {domain: one.__dict__ for domain, one in found.items()}
 
