@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .look import Look
 
 WORK = ".learning"
-"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on; no expert's name."""
+"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on. No expert can
+have this name."""
 SECONDS = 5.0
 """Between two looks at a watched folder."""
 console = Console(emoji=False)
@@ -146,8 +147,8 @@ def _learn_file(
     few = [len(part) for part in parts if len(part) < FEWEST_ROWS]
     if few and not everything:
         raise ValueError(
-            f"--skills {skills}: of so many skills one would have {few[-1]} of the {len(seen.new)} new rows; each needs "
-            f"{FEWEST_ROWS}. Ask for fewer."
+            f"--skills {skills}: of so many skills one would have {few[-1]} of the {len(seen.new)} new rows; each "
+            f"needs {FEWEST_ROWS}. Ask for fewer."
         )
     names = [name] if len(parts) == 1 else [f"{name}_{number}" for number in range(1, len(parts) + 1)]
     if dry_run:
