@@ -217,7 +217,11 @@ def _key(mixture: DyLoraMoE, name: str, examples: list[Example], arguments: Mapp
     """
     state, lora = mixture.state(), mixture.lora_config(name)
     rows = [(example.prompt, example.completion, example.separator, example.template) for example in examples]
-    known = [rows, dict(arguments), lora.lora_alpha, lora.lora_dropout, state.skills.description()]
+    skills = {
+        each: (skill.rows, skill.compact, [taught._replace(when="") for taught in skill.taught])
+        for each, skill in state.skills.items()
+    }
+    known = [rows, dict(arguments), lora.lora_alpha, lora.lora_dropout, skills]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for of, tensors in [(each, adapter.tensors) for each, adapter in state.experts.items()] + [("", state.router)]:
         for key, tensor in tensors.items():
