@@ -186,6 +186,17 @@ def test_output_leaves_the_folder_as_it_was(mixture, tmp_path):
         run("rename", mixture, "law", "legal", "--output", tmp_path / "other")
 
 
+def test_nothing_is_written_over_a_mixture_or_an_expert_of_it(mixture):
+    before = contents(mixture)
+    with pytest.raises(ValueError, match="is an expert's folder of the mixture"):
+        run("export", mixture, "sql", mixture / "law")
+    with pytest.raises(ValueError, match="holds a mixture already"):
+        run("export", mixture, "sql", mixture)
+    with pytest.raises(ValueError, match="is an expert's folder of the mixture"):
+        run("freeze", mixture, "sql", "--output", mixture / "law")
+    assert contents(mixture) == before
+
+
 def test_a_forgotten_expert_leaves_the_others_as_if_it_had_never_been_taught(mixture, base, tmp_path):
     never = made(base, taught=OTHERS)
     never.forget("law")

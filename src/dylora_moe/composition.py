@@ -13,7 +13,7 @@ from .base.loading import load_base, load_tokenizer
 from .checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_TENSORS
 from .checkpoint.card import public_name
 from .checkpoint.files import local_folder, read_json
-from .checkpoint.mixture import CONFIG_FILE
+from .checkpoint.mixture import check_free
 from .config import MoELoraConfig, check_expert_name
 from .data.examples import Example
 from .data.section import DataRecipe
@@ -131,8 +131,7 @@ def compose(
     """
     if not ingredients:
         raise ValueError("nothing to compose; give at least one --expert NAME=ADAPTER:TEXTS.")
-    if (directory / CONFIG_FILE).exists():
-        raise ValueError(f"{directory} holds a mixture already; choose another folder.")
+    check_free(directory)
     name = base or base_of(ingredients)
     try:
         model, saved_name = load_base(name, {})

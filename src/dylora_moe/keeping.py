@@ -40,14 +40,14 @@ Separator = Annotated[
 @contextmanager
 def _changing(directory: Path, output: Path | None, base: str | None) -> Iterator[Session]:
     """A loaded mixture, which is saved after the block if nothing failed in it."""
-    from .checkpoint.mixture import CONFIG_FILE
+    from .checkpoint.mixture import check_free
     from .session import Session
     from .training.run.lock import FolderLock
 
     if output is None and not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; to change a mixture of the hub, write it to another --output.")
-    if output is not None and (output / CONFIG_FILE).exists():
-        raise ValueError(f"--output {output} holds a mixture already; choose another folder.")
+    if output is not None:
+        check_free(output)
     target = output or directory
     with FolderLock(target).hold():
         session = Session(directory, base=base)
@@ -394,8 +394,10 @@ def export(
 
     Example: [bold]dylora-moe export runs/mine sql adapters/sql[/]
     """
+    from .checkpoint.mixture import check_free
     from .session import Session
 
+    check_free(out)
     Session(directory, base=base).model.export_expert(name, out)
     _say(f"Adapter: {out}")
 

@@ -20,6 +20,7 @@ from dylora_moe.lifelong import command
 from dylora_moe.lifelong import learn as module
 from dylora_moe.lifelong import look as module_of_look
 from dylora_moe.skills.novelty import KNOWN, NEW, Novelty
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import save_tiny_base
 from topics import NAMES, mixture, teach, texts
 
@@ -111,6 +112,7 @@ def test_known_rows_are_not_learnt_unless_asked(folder):
 
 def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, monkeypatch):
     monkeypatch.setattr(module_of_look, "proposal", lambda rows, fewest: torch.arange(len(rows)) % 2)
+    write(folder.parent / "code.jsonl", [*texts(NAMES.index("code"), 15), *texts(NAMES.index("math"), 15)])
     before = contents(folder)
     result, said = run(folder, folder.parent / "code.jsonl", *SHORT)
     assert result.exit_code == 0, said
@@ -133,11 +135,19 @@ def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, mo
         (("empty.jsonl",), "no examples"),
         ((), "give a file with rows, or --watch FOLDER"),
         (("code.jsonl", "--watch", "."), "give a file with rows, or --watch FOLDER"),
+        (("code.jsonl", "--skills", "5"), "of so many skills one would have"),
+        (("code.jsonl", "--name", "tidy"), "in the way of the expert"),
+        (("12.jsonl",), "Say how the expert is to be called with --name"),
+        (("code.jsonl", "--output", "mine/sql"), "is an expert's folder of the mixture"),
+        (("chats.jsonl",), "row 1 is made of chat messages"),
         (("--watch", "nowhere"), "no such folder"),
     ],
 )
 def test_what_cannot_be_is_said(folder, monkeypatch, words, message):
     (folder.parent / "empty.jsonl").write_text("")
+    (folder.parent / "12.jsonl").write_text((folder.parent / "code.jsonl").read_text())
+    write(folder.parent / "chats.jsonl", [{"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}])
+    (folder / "tidy").mkdir()
     monkeypatch.chdir(folder.parent)
     before = contents(folder)
     result, _ = run("mine", *words)
@@ -146,14 +156,99 @@ def test_what_cannot_be_is_said(folder, monkeypatch, words, message):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("words", [("--dry-run",), ()])
+def test_a_folder_that_is_not_there_is_not_made(tmp_path, words):
+    write(tmp_path / "code.jsonl", texts(0, 3))
+    result, _ = run(tmp_path / "owner" / "typo", tmp_path / "code.jsonl", *words)
+    assert "no such folder" in str(result.exception)
+    assert not (tmp_path / "owner").exists()
+
+
+def test_with_all_known_rows_are_learnt_as_one_skill(folder):
+    write(folder.parent / "more.jsonl", [{"prompt": f"a{n}", "completion": "b"} for n in range(9)])
+    result, said = run(folder, folder.parent / "more.jsonl", "--all", "--skills", "1", "--dry-run")
+    assert result.exit_code == 0
+    assert "would train 'more' on 9 rows" in said
+
+
+def test_beside_an_expert_that_was_never_taught(folder):
+    model = load(folder)
+    model.add_expert("later")
+    model.save_pretrained(folder)
+    result, said = run(folder, folder.parent / "code.jsonl", *SHORT)
+    assert result.exit_code == 0, said
+    assert load(folder).expert_states == {"sql": "routed", "law": "routed", "later": "new", "code": "routed"}
+
+
+def stopped_after(step, monkeypatch) -> None:
+    """Let a training get the signal of Ctrl-C once it has saved so many checkpoints."""
+    original, saved = MoETrainer._save_checkpoint, []
+
+    def last(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        saved.append(self.state.global_step)
+        if len(saved) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MoETrainer, "_save_checkpoint", last)
+
+
+LONG = ("--steps", "8", "--batch-size", "2")
+
+
+@pytest.mark.parametrize(
+    "words", [LONG, (*LONG, "--rank", "4"), ("--steps", "4", "--batch-size", "3")], ids=["same", "rank", "fewer"]
+)
+def test_stopped_and_gone_on_with_whatever_options(folder, monkeypatch, words):
+    with monkeypatch.context() as patched:
+        stopped_after(1, patched)
+        result, said = run(folder, folder.parent / "code.jsonl", *LONG)
+    assert result.exit_code == 130
+    assert "the same command goes on with the training" in said
+    assert load(folder).expert_names == list(OLD)
+    made = []
+    monkeypatch.setattr(MoETrainer, "training_step", counted(MoETrainer.training_step, made))
+    result, said = run(folder, folder.parent / "code.jsonl", *words)
+    assert result.exit_code == 0, said
+    assert len(made) < 8 if words == LONG else len(made) == int(words[1])
+    assert load(folder).lora_config("code").r == (4 if "--rank" in words else 2)
+    assert not (folder / command.WORK).exists()
+
+
+def counted(method, calls):
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+
+    return wrapped
+
+
+def test_what_changed_while_a_training_was_stopped_stays(folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        stopped_after(1, patched)
+        run(folder, folder.parent / "code.jsonl", *LONG)
+    model = load(folder)
+    for part in model.expert_tensors("law"):
+        part.tensor.data.fill_(0.5)
+    teach(model, "sql", count=100)
+    model.save_pretrained(folder)
+    result, said = run(folder, folder.parent / "code.jsonl", *LONG)
+    assert result.exit_code == 0, said
+    model = load(folder)
+    assert (model.skills["sql"].rows, model.skills["law"].rows) == (106, 6)
+    assert all(bool((part.tensor == 0.5).all()) for part in model.expert_tensors("law"))
+
+
 def test_a_watched_folder_is_learnt_file_by_file(folder, monkeypatch):
     inbox, looks = folder.parent / "inbox", []
     inbox.mkdir()
     shutil.copy(folder.parent / "code.jsonl", inbox / "one.jsonl")
     (inbox / "notes.txt").write_text("no rows")
     (inbox / "empty.jsonl").write_text("")
+    (inbox / "folder.jsonl").mkdir()
+    (inbox / "gone.jsonl").symlink_to("nowhere")
     for file in inbox.iterdir():
-        os.utime(file, (1, 1))
+        os.utime(file, (1, 1), follow_symlinks=False)
 
     def rest(seconds):
         looks.append(seconds)
@@ -169,6 +264,7 @@ def test_a_watched_folder_is_learnt_file_by_file(folder, monkeypatch):
     assert load(folder).expert_names == [*OLD, "one", "two"]
     assert said.count("Learned") == 2
     assert "empty.jsonl: " in said
+    assert [said.count(f"{name}.jsonl: [Errno") for name in ("folder", "gone")] == [1, 1]
     looks[:] = [0, 0]
     _, said = run(folder, "--watch", inbox, *SHORT)
     assert "one.jsonl was learnt before." in said

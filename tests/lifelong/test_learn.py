@@ -161,9 +161,11 @@ def test_a_training_that_was_cut_off_goes_on(model, monkeypatch, tmp_path):
     training = Training(steps=4, batch_size=2, folder=tmp_path / "work")
     learn(model, rows(), "code", tiny_tokenizer(), training=training)
     whole = {part.name: part.tensor.clone() for part in model.expert_tensors("code")}
-    shutil.rmtree(tmp_path / "work" / "checkpoint-4")
+    (last,) = tmp_path.glob("work/code-*/checkpoint-4")
+    shutil.rmtree(last)
     other = teach(mixture(OLD))
     learn(other, rows(), "code", tiny_tokenizer(), training=training)
+    assert len(list((tmp_path / "work").iterdir())) == 1
     assert all(torch.equal(part.tensor, whole[part.name]) for part in other.expert_tensors("code"))
 
 

@@ -228,6 +228,15 @@ def saved_experts(directory: Path) -> set[str]:
         return set()
 
 
+def check_free(folder: Path) -> None:
+    """Raise `ValueError` if there is a mixture in `folder`, or it is that of an expert of one."""
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds a mixture already; choose another folder.")
+    place = folder.resolve()
+    if place.name in saved_experts(place.parent):
+        raise ValueError(f"{folder} is an expert's folder of the mixture in {place.parent}; choose another folder.")
+
+
 def _fields(description: Description) -> dict[str, Any]:
     config, default = description.config.to_dict(), MoELoraConfig().to_dict()
     lora = {f.name for f in dataclasses.fields(LoraConfig) if f.name in config}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dylora_moe.data.examples import Example
+    from dylora_moe.model import DyLoraMoE
     from dylora_moe.session import Session
 
     from .learn import Learned, Training
     from .look import Look
 
-WORK = "learning"
-"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on."""
+WORK = ".learning"
+"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on. No expert can
+have this name."""
 SECONDS = 5.0
 """Between two looks at a watched folder."""
 console = Console(emoji=False)
@@ -70,18 +73,20 @@ def learn(
 
     Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
     """
-    from dylora_moe.checkpoint.mixture import CONFIG_FILE
+    from dylora_moe.checkpoint.mixture import check_free
 
     if (data is None) == (watch is None):
         raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
     if everything and (skills or 1) > 1:
         raise ValueError(f"--all with --skills {skills}: rows of known skills would be split, too; leave out one.")
-    if output is not None and (output / CONFIG_FILE).exists():
-        raise ValueError(f"--output {output} holds a mixture already; choose another folder.")
+    if output is not None:
+        check_free(output)
+    elif not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder; a mixture of the hub learns into another --output.")
     from dylora_moe.session import Session
     from dylora_moe.training.run.lock import FolderLock
 
-    with FolderLock(output or directory).hold():
+    with nullcontext() if dry_run else FolderLock(output or directory).hold():
         session = Session(directory, base=base)
         session.model.chat = session.chat  # older checkpoints say it in a recipe
         how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -111,22 +116,22 @@ def _learn_file(
 ) -> None:
     """Look at one file; learn what is new in it, and save the mixture after each skill."""
     from dylora_moe.composition import digest
-    from dylora_moe.config import check_expert_name
     from dylora_moe.data.section import DataRecipe
     from dylora_moe.data.sources import load_examples
     from dylora_moe.report.terminal import confusion_table
     from dylora_moe.skills.reading import SEPARATOR
+    from dylora_moe.training.trainer.interrupted import Interrupted
 
     from .learn import check_can_learn
     from .learn import learn as run
-    from .look import look
+    from .look import FEWEST_ROWS, look
 
     mixture = session.model
     if not file.is_file():
         raise ValueError(f"no file {str(file)!r} with rows to learn.")
     check_can_learn(mixture)
-    name = name or re.sub(r"\W+", "_", file.name.partition(".")[0]).strip("_")
-    check_expert_name(name, taken=mixture.expert_names, base=mixture.get_base_model())
+    name = name or re.sub(r"\W+", "_", file.name.partition(".")[0], flags=re.ASCII).strip("_")
+    _check_name(name, mixture, target)
     separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
     rows = load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
     with console.status(f"Looking at {len(rows)} rows"):
@@ -135,26 +140,50 @@ def _learn_file(
     if seen.reason and not everything:
         _say(f"Nothing was learnt: {seen.reason}. --all learns every row, whatever it is.")
         return
-    parts = [seen.examples] if everything and skills is None else seen.parts(skills)
+    parts = [seen.examples] if everything else seen.parts(skills)
     if skills is None and len(parts) > 1:
         _propose(parts)
         return
+    few = [len(part) for part in parts if len(part) < FEWEST_ROWS]
+    if few and not everything:
+        raise ValueError(
+            f"--skills {skills}: of so many skills one would have {few[-1]} of the {len(seen.new)} new rows; each "
+            f"needs {FEWEST_ROWS}. Ask for fewer."
+        )
     names = [name] if len(parts) == 1 else [f"{name}_{number}" for number in range(1, len(parts) + 1)]
     if dry_run:
         trained = ", ".join(f"{one!r} on {len(part)} rows" for one, part in zip(names, parts, strict=True))
         _say(f"Dry run: would train {trained}.")
         return
+    for one in names:
+        _check_name(one, mixture, target)
     source = digest(file)
     for one, part in zip(names, parts, strict=True):
-        started, work = time.perf_counter(), target / WORK / f"{one}-{source.rpartition(':')[2][:12]}"
-        training = _training(mixture, work, how)
-        learned = run(mixture, part, one, session.tokenizer, separator, false_alarm, True, source, training)
+        started, training = time.perf_counter(), _training(mixture, target / WORK, how)
+        try:
+            learned = run(mixture, part, one, session.tokenizer, separator, false_alarm, True, source, training)
+        except Interrupted as stopped:
+            _say(f"Stopped; {target} is as it was, and the same command goes on with the training.")
+            raise typer.Exit(stopped.exit_code) from stopped
         mixture.save_pretrained(target)
         session.tokenizer.save_pretrained(target)
-        shutil.rmtree(work, ignore_errors=True)
-        _remove_if_empty(work.parent)
-        console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
+        shutil.rmtree(target / WORK, ignore_errors=True)
+        taught = [each for each in mixture.expert_names if each in mixture.skills]
+        console.print(confusion_table(mixture.skills.confusion(), taught))
         _report(learned, target, time.perf_counter() - started)
+
+
+def _check_name(name: str, mixture: DyLoraMoE, target: Path) -> None:
+    """Raise `ValueError` if an expert cannot be called so, or where it is to be saved there is something else."""
+    from dylora_moe.checkpoint.mixture import saved_experts
+    from dylora_moe.config import check_expert_name
+
+    try:
+        check_expert_name(name, taken=mixture.expert_names, base=mixture.get_base_model())
+    except ValueError as error:
+        raise ValueError(f"{error} Say how the expert is to be called with --name, or rename the file.") from error
+    if (target / name).exists() and name not in saved_experts(target):
+        raise ValueError(f"{target / name} is in the way of the expert; give another --name, or move it.")
 
 
 def _propose(parts: Sequence[tuple[Example, ...]]) -> None:
@@ -214,12 +243,19 @@ def _watch(session: Session, folder: Path, *asked: Any) -> None:
     from dylora_moe.data.section import FILE_SUFFIXES
 
     done: set[str] = set()
+    unread: set[str] = set()
     _say(f"Watching {folder}; stop with Ctrl-C.")
     while True:
         for file in sorted(folder.iterdir()):
-            if not file.name.endswith(FILE_SUFFIXES) or time.time() - file.stat().st_mtime < 1.0:
-                continue  # one that was written to a moment ago may still grow
-            source = digest(file)
+            try:
+                if not file.name.endswith(FILE_SUFFIXES) or time.time() - file.stat().st_mtime < SECONDS:
+                    continue  # one that was written to a moment ago may still grow
+                source = digest(file)
+            except OSError as error:  # gone, or not to be read
+                if file.name not in unread:
+                    _say(f"{file.name}: {error}")
+                unread.add(file.name)
+                continue
             if source in done:
                 continue
             done.add(source)
@@ -228,14 +264,9 @@ def _watch(session: Session, folder: Path, *asked: Any) -> None:
                 continue
             try:
                 _learn_file(session, file, None, *asked)
-            except ValueError as error:  # one file that cannot be used does not end the watch
+            except (ValueError, FloatingPointError) as error:  # one file that cannot be used does not end the watch
                 _say(f"{file.name}: {error}")
         time.sleep(SECONDS)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _say(text: str) -> None:

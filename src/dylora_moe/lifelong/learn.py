@@ -6,6 +6,8 @@ have been had the skill been there from the beginning.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +50,8 @@ class Training:
         max_length: tokens of a row at most.
         lora: of the expert, where it differs from the mixture's.
         seed: of its first weights and of the order of the rows.
-        folder: where checkpoints of the training go, from which one that was cut off goes on; default none are kept.
+        folder: where checkpoints of the training go, each training's in a folder of its own, from which the same one
+            goes on if it was cut off: same rows, same options, same mixture. Default none are kept.
         console: where the progress is shown; default nowhere.
     """
 
@@ -185,7 +188,8 @@ def _train(mixture: DyLoraMoE, name: str, examples: list[Example], tokenizer: An
         arguments["save_strategy"] = "no"
     labelled = [replace(example, domain=name) for example in examples]
     frozen, was_training = mixture.frozen_experts, mixture.training
-    with _folder(training.folder) as folder:
+    own = None if training.folder is None else training.folder / _key(mixture, name, examples, arguments)
+    with _folder(own) as folder:
         try:
             set_trainable(mixture, expert_stage(name))
             trainer = MoETrainer(
@@ -204,6 +208,26 @@ def _train(mixture: DyLoraMoE, name: str, examples: list[Example], tokenizer: An
         finally:
             thaw(mixture, frozen)
             mixture.train(was_training)
+
+
+def _key(mixture: DyLoraMoE, name: str, examples: list[Example], arguments: Mapping[str, Any]) -> str:
+    """A name for a training: another for other rows, other options, or a mixture that has changed.
+
+    A checkpoint holds all of the mixture: to go on from that of another would bring back what was there then.
+    """
+    state, lora = mixture.state(), mixture.lora_config(name)
+    rows = [(example.prompt, example.completion, example.separator, example.template) for example in examples]
+    skills = {
+        each: (skill.rows, skill.compact, [taught._replace(when="") for taught in skill.taught])
+        for each, skill in state.skills.items()
+    }
+    known = [rows, dict(arguments), lora.lora_alpha, lora.lora_dropout, skills]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for of, tensors in [(each, adapter.tensors) for each, adapter in state.experts.items()] + [("", state.router)]:
+        for key, tensor in tensors.items():
+            digest.update(f"{of} {key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{name}-{digest.hexdigest()[:16]}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dylora_moe.data.examples import Example, encode
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.skills.novelty import KNOWN, NEW, TOO_SHORT, Novelty
-from dylora_moe.skills.reading import SEPARATOR, examples_of
+from dylora_moe.skills.reading import SEPARATOR, check_plain, examples_of
 
 from .split import proposal, split
 
@@ -112,6 +112,7 @@ def look(
     if separator is None:
         separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
     given = examples_of(rows, separator)
+    check_plain(given, bool(mixture.chat))
     once = list({(str(e.prompt), str(e.completion)): e for e in reversed(given)}.values())[::-1]
     fitting = [piece for example in once for piece in _pieces(example, tokenizer, bool(mixture.chat), max_length)]
     if not fitting:

@@ -89,10 +89,9 @@ def read_rows(
     Raises:
         ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
     """
-    found = []
-    for number, example in enumerate(examples_of(rows, separator), start=1):
-        if not chat and (isinstance(example.prompt, list) or isinstance(example.completion, dict)):
-            raise ValueError(f"row {number} is made of chat messages, but the mixture's prompts are plain: model.chat.")
+    examples, found = examples_of(rows, separator), []
+    check_plain(examples, chat)
+    for number, example in enumerate(examples, start=1):
         ids, prompt = encode(example, tokenizer, chat)
         if len(ids) < 2:
             raise ValueError(f"row {number} has {len(ids)} tokens; at least two are needed.")
@@ -112,6 +111,13 @@ def examples_of(rows: Iterable[str | Mapping[str, Any] | Example], separator: st
     if not found:
         raise ValueError("no rows were given; at least one text is needed.")
     return found
+
+
+def check_plain(examples: Iterable[Example], chat: bool) -> None:
+    """Raise `ValueError` if one is made of chat messages where `chat` does not say that a template takes them."""
+    for number, example in enumerate(examples, start=1):
+        if not chat and (isinstance(example.prompt, list) or isinstance(example.completion, dict)):
+            raise ValueError(f"row {number} is made of chat messages, but the mixture's prompts are plain: model.chat.")
 
 
 def digest_of(rows: Iterable[Row]) -> str:
