@@ -68,7 +68,7 @@ def _wide(monkeypatch):
 
 
 def run(*words) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0
     return result.output
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.data.examples import Example
 from tasks import Task, batches
-from training import completion_loss, train
+from loop import completion_loss, train
 
 ONE = "one"
 REPLAYED = 0.02

@@ -17,7 +17,7 @@ from dylora_moe.data.examples import Example, encode, encode_prompt, reference
 from dylora_moe.evaluation.held_out import answers
 from dylora_moe.evaluation.held_out import completion_loss as held_out_loss
 from tasks import Task
-from training import padded
+from loop import padded
 
 BATCH = 8
 NEW_TOKENS = 32

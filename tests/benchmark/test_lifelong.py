@@ -18,7 +18,7 @@ from summary import Course as Summary
 from summary import auroc, course_name, figure, table
 from tasks import ORDERS, batches, read_tasks
 from tinybase import save_tiny_base
-from training import completion_loss
+from loop import completion_loss
 
 NAMES = ORDERS["small"][0]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -84,13 +84,14 @@ def test_a_router_in_closed_form_is_fitted_on_each_expert_s_own_examples(content
     monkeypatch.setitem(ROUTERS, "closed_form", ROUTERS["linear"])
     taught: dict[str, list[str]] = {}
 
-    def teach_many(self, examples, tokenizer=None):
+    def teach_many(self, examples, tokenizer, separator):
         for name, rows in examples.items():
             taught[name] = [row.prompt for row in rows]
             column = self.expert_names.index(name)
             for parameter in self.router.parameters():
                 parameter.data[column] = column + 1.0
         assert tokenizer is not None
+        assert separator == "\n"
 
     monkeypatch.setattr(DyLoraMoE, "teach_many", teach_many)
     train = {"method": "specialists", "max_steps": 2, "router_learning_rate": None, "domain_coefficient": 0}
