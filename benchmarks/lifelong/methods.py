@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
 from dylora_moe.data.examples import Example
-from tasks import Task, batches
 from loop import completion_loss, train
+from tasks import Task, batches
 
 ONE = "one"
 REPLAYED = 0.02

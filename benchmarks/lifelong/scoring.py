@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dylora_moe.data.examples import Example, encode, encode_prompt, reference
 from dylora_moe.evaluation.held_out import answers
 from dylora_moe.evaluation.held_out import completion_loss as held_out_loss
-from tasks import Task
 from loop import padded
+from tasks import Task
 
 BATCH = 8
 NEW_TOKENS = 32

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 import cells
 import scoring
 from dylora_moe.data.examples import Example, encode
+from loop import completion_loss
 from methods import METHODS, Budget, Ours
 from scoring import label_losses, rouge_l, score
 from summary import Course as Summary
 from summary import auroc, course_name, figure, table
 from tasks import ORDERS, batches, read_tasks
 from tinybase import save_tiny_base
-from loop import completion_loss
 
 NAMES = ORDERS["small"][0]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
