@@ -181,8 +181,8 @@ def test_folding_twice_keeps_the_first_original():
     ("settings", "call"),
     [
         ({}, {"experts": "expert_1"}),
-        ({}, {"routing_weights": torch.tensor([0.2, 0.3, 0.5])}),
-        ({"granularity": "sequence"}, {}),
+        pytest.param({}, {"routing_weights": torch.tensor([0.2, 0.3, 0.5])}, marks=pytest.mark.slow),
+        pytest.param({"granularity": "sequence"}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_model_gets_its_weights_back(settings, call):

@@ -239,6 +239,7 @@ def test_what_changed_while_a_training_was_stopped_stays(folder, monkeypatch):
     assert all(bool((part.tensor == 0.5).all()) for part in model.expert_tensors("law"))
 
 
+@pytest.mark.slow  # four trainings
 def test_a_watched_folder_is_learnt_file_by_file(folder, monkeypatch):
     inbox, looks = folder.parent / "inbox", []
     inbox.mkdir()

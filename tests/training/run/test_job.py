@@ -70,6 +70,7 @@ def test_specialists_train_in_mixed_batches_each_row_its_own_expert_then_the_rou
     assert not DyLoraMoE.from_pretrained(str(tmp_path / "run")).frozen_experts
 
 
+@pytest.mark.slow
 def test_specialists_one_stage_after_another_equal_the_whole_run(content, tmp_path):
     run(content(**SPECIALISTS))
     Job(parse_recipe(content("apart", **SPECIALISTS)), QUIET).begin()
@@ -108,6 +109,7 @@ def test_a_router_in_closed_form_is_fitted_on_each_expert_s_own_examples(content
     assert all(torch.equal(value, fitted[key]) for key, value in tensors(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_stages_do_not_hang_on_one_another(content, tmp_path):
     """The second expert is trained alike whether the first was trained before it or not."""
     run(content(**STAGED))
@@ -239,9 +241,8 @@ def test_every_option_at_once(content, tmp_path):
 # ---------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize(
-    "train", [{"max_steps": 8}, pytest.param(STAGED, marks=pytest.mark.slow)], ids=["joint", "staged"]
-)
+@pytest.mark.slow  # processes; tests/training/trainer/test_checkpoints.py resumes in one
+@pytest.mark.parametrize("train", [{"max_steps": 8}, STAGED], ids=["joint", "staged"])
 def test_killed_and_resumed_equals_uninterrupted_bitwise(content, tmp_path, train):
     """kill -9 at a moment that nobody chose, three times, through the command line."""
     run(content("whole", **train))

@@ -86,6 +86,7 @@ def test_two_processes_times_four_equal_one_times_eight(content, tmp_path, train
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_and_the_run_goes_on(content, tmp_path):
     train = {**EQUAL, "max_steps": 60, "save_steps": 50}
     file = write(content(**train, per_device_train_batch_size=4), tmp_path / "recipe.yaml")

@@ -12,9 +12,9 @@ from runs import STAGED, run
 @pytest.mark.parametrize(
     "train",
     [
-        {"gradient_accumulation_steps": 3},
+        pytest.param({"gradient_accumulation_steps": 3}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 3, "dataloader_drop_last": True, "per_device_train_batch_size": 5},
-        {"packing": True, "max_length": 128, "gradient_accumulation_steps": 2},
+        pytest.param({"packing": True, "max_length": 128, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_the_plan_counts_the_steps_and_tokens_that_run(content, train):

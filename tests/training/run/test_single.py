@@ -36,7 +36,10 @@ def test_a_sweep_keeps_the_best_of_three(higher, best):
     assert rate.to_dict()["tried"] == {"0.0005": 0.1, "0.001": 0.2, "0.002": 0.3}
 
 
-@pytest.mark.parametrize(("asked", "how", "count"), [(None, "scaled", 1), (0.03, "given", 1), ("sweep", "sweep", 3)])
+@pytest.mark.parametrize(
+    ("asked", "how", "count"),
+    [(None, "scaled", 1), pytest.param(0.03, "given", 1, marks=pytest.mark.slow), ("sweep", "sweep", 3)],
+)
 def test_the_results_say_which_rate(content, asked, how, count):
     recipe = content(max_steps=2)
     recipe["eval"] |= {"baseline": True, "baseline_learning_rate": asked}

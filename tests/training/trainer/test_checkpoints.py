@@ -175,9 +175,17 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["trainer_state.json", "trainer_averages.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    ("name", "content"),
+    [
+        ("optimizer.pt", b""),
+        ("trainer_state.json", b"{"),
+        *(
+            pytest.param(name, content, marks=pytest.mark.slow)
+            for name in ("trainer_state.json", "trainer_averages.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+            for content in (b"", b"{")
+        ),
+    ],
 )
-@pytest.mark.parametrize("content", [b"", b"{"])
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path, name, content):
     trainer(tmp_path).train()
     (tmp_path / "checkpoint-6" / COMPLETE_FILE).unlink()
