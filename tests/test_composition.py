@@ -72,6 +72,12 @@ def test_the_command_writes_a_mixture_that_routes(tmp_path, parts):
     assert answer.exit_code == 0
 
 
+def test_two_experts_with_the_same_texts_are_named(tmp_path, parts):
+    write_texts(tmp_path / "law.jsonl", THREE.index("sql"), 6)
+    result = run(tmp_path / "out", parts)
+    assert "law and sql are the same as far as their rows tell" in " ".join(result.output.split())
+
+
 def test_every_expert_is_its_adapter(tmp_path, parts):
     ingredients = [Ingredient.parse(part) for part in parts]
     made = compose(tmp_path / "out", ingredients, read_texts(ingredients))

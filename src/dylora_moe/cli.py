@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from .benchmark.command import bench
 from .failures import Verbose, one_message
 from .keeping import commands as keeping
+from .keeping import warn_of_twins
 from .lifelong.command import learn
 from .version import __version__
 
@@ -192,6 +193,7 @@ def compose(
     from .report.terminal import confusion_table
 
     console.print(confusion_table(mixture.skills.confusion(), mixture.expert_names))
+    warn_of_twins(mixture)
     passes = f"{mixture.passes_per_step:.2f} passes of the base per step, {mixture.moe_config.granularity} granularity"
     console.print(f"Checkpoint: [bold]{output}[/] ({passes}; {time.perf_counter() - started:.0f} s)", highlight=False)
     console.print("Next:", highlight=False)

@@ -119,7 +119,7 @@ def experts(
     if pooled:
         said.append(f"of which {_bytes(pooled)} are pooled (compact)")
     _say(", ".join(said))
-    _warn_of_twins(model)
+    warn_of_twins(model)
 
 
 def _experts(model: DyLoraMoE, load: dict[str, float]) -> list[_Expert]:
@@ -202,7 +202,7 @@ def _load(session: Session, text: str) -> dict[str, float]:
     return trace.load()
 
 
-def _warn_of_twins(model: DyLoraMoE, *names: str) -> None:
+def warn_of_twins(model: DyLoraMoE, *names: str) -> None:
     """Say which skills, of `names` or all, are the same as far as their rows tell."""
     from .skills.separation import SAME
 
@@ -334,7 +334,7 @@ def _teach(session: Session, name: str, texts: Path, separator: str | None) -> N
     console.print(
         confusion_table(model.skills.confusion(), [each for each in model.expert_names if each in model.skills])
     )
-    _warn_of_twins(model, name)
+    warn_of_twins(model, name)
 
 
 def _separator(model: DyLoraMoE, given: str | None) -> str:
