@@ -209,7 +209,7 @@ def test_rows_that_are_there_twice_count_once(model, monkeypatch):
 
 def test_a_long_document_is_read_in_pieces_and_a_long_row_is_left_out(model, monkeypatch):
     judge(monkeypatch, NEW)
-    tokenizer, text = tiny_tokenizer(), "hiij" * 100
+    tokenizer, text = tiny_tokenizer(), "hiijü" * 80  # ü is two tokens
     seen = look(model, [text, {"prompt": text, "completion": "h"}, "hij"], tokenizer, max_length=64)
     assert seen.too_long == 1
     assert "".join(str(example.completion) for example in seen.examples) == text + "hij"

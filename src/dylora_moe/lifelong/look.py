@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -136,11 +137,13 @@ def _pieces(
     ids, _ = encode(example, tokenizer, chat)
     if len(ids) <= max_length:
         return [(example, example)]
-    if example.form != "text":
+    if example.form != "text" or not tokenizer.is_fast:  # only fast ones say where in the text a token is
         return []
-    starts = range(0, len(ids), max_length - 1)  # a piece is closed by one more token
-    texts = [str(tokenizer.decode(ids[start : start + max_length - 1], skip_special_tokens=True)) for start in starts]
-    return [(example, replace(example, completion=text)) for text in texts if text.strip()]
+    text: Any = example.completion
+    spans: Any = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    cuts = [spans[start][0] for start in range(0, len(spans), max(max_length - 2, 1))]  # each closed by one token more
+    pieces = [text[start:end] for start, end in pairwise([*cuts, len(text)])]
+    return [(example, replace(example, completion=piece)) for piece in pieces if piece.strip()]
 
 
 def _rows(count: int) -> str:
