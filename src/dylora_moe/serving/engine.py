@@ -1,0 +1,468 @@
+"""Many requests to one mixture at once: each prompt is read by itself, then all go on together, token by token.
+
+A step reads a piece of a prompt and writes one token for every request that has been read. Routed and forced requests
+share the pass: a row's expert is its own. The model belongs to the engine only during a step, so that others (a look at
+the novelty of a prompt, a hot change) take their turns between two.
+
+Shapes: B batch, S tokens of a pass, V vocabulary, E experts, n router outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from dylora_moe.arguments import BASE, check_experts
+from dylora_moe.layers.in_force import Generation
+from dylora_moe.model import DyLoraMoE
+from dylora_moe.passes.cache import keeps_no_cache
+from dylora_moe.routing.call import Call
+from dylora_moe.routing.granularity import GRANULARITIES
+
+from .request import Alternative, Event, Handle, Request, Token
+from .sampling import log_probabilities, sampled
+from .slots import SlotCache, check_served
+from .text import TextStream, TokenBytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Running:
+    """One request on its way.
+
+    Attributes:
+        handle: whose it is.
+        generator: what it samples with.
+        text: what it has written.
+        ids: of the prompt and of what was written.
+        expert: what it is forced to now, after renames; None if it is routed.
+        tensor: the forced expert's first parameter, by which it is known whatever it is called.
+        held: `[1, 1, n]` scores where the prompt decides.
+    """
+
+    handle: Handle
+    generator: torch.Generator
+    text: TextStream
+    ids: list[int]
+    expert: str | None
+    tensor: Tensor | None
+    held: Tensor | None = None
+
+    @property
+    def written(self) -> int:
+        """How many tokens of the answer there are."""
+        return len(self.ids) - len(self.handle.request.prompt)
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A request that is being read, up to `seen` of its tokens, into a cache of its own."""
+
+    running: _Running
+    cache: Cache
+    seen: int = 0
+
+
+@dataclass
+class _Change:
+    """Something to do between two steps, when no request is forced to one of `leaving` any more."""
+
+    do: Callable[[], Any]
+    leaving: tuple[str, ...]
+    done: Future = field(default_factory=Future)
+
+
+class Engine:
+    """A mixture that answers many requests at once.
+
+    `admit`, `cancel` and `change` may be called from any thread; what they ask for happens in the next `step`, of which
+    one thread makes one after the other.
+
+    Args:
+        model: the mixture, in evaluation mode.
+        tokenizer: its tokenizer, with a fast backend.
+        slots: how many requests are answered at a time; others wait.
+        slot_length: how many tokens, prompt and answer together, one may have.
+        chunk: how many tokens of prompts are read in a step.
+
+    Attributes:
+        chunked: whether a prompt is read in pieces; not where a base then answers otherwise.
+        eos: the ids that end an answer.
+
+    Raises:
+        ValueError: a base whose requests cannot be served together, more tokens than it has positions, or a model in
+            training mode.
+    """
+
+    def __init__(self, model: DyLoraMoE, tokenizer: Any, slots: int = 8, slot_length: int = 2048, chunk: int = 256):
+        self.model, self.slots, self.slot_length, self.chunk = model, slots, slot_length, chunk
+        for name, value in (("slots", slots), ("slot_length", slot_length), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: at least 1 is needed.")
+        self._base: Any = model.get_base_model()
+        self._config = self._base.config.get_text_config(decoder=True)
+        positions = getattr(self._config, "max_position_embeddings", None)
+        if positions is not None and slot_length > positions:
+            raise ValueError(f"slot_length={slot_length}: the base has {positions} positions; serve no more.")
+        if model.training:
+            raise ValueError("the mixture is in training mode, in which it routes and drops out otherwise: model.eval().")
+        kind = type(self._base).__name__
+        if keeps_no_cache(self._base, model.placement):
+            raise ValueError(
+                f"{kind} keeps its state in no transformers Cache; requests are served together only on bases that "
+                "keep keys and values there (full or sliding attention). Use model.generate."
+            )
+        check_served(DynamicCache(config=self._config), kind)
+        self._takes = set(inspect.signature(type(self._base).forward).parameters)
+        self._bytes = TokenBytes(tokenizer)
+        ends = self._base.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        self.eos = frozenset(id for id in (*ends, tokenizer.eos_token_id) if id is not None)
+        self._waiting: deque[_Running] = deque()
+        self._reading: _Reading | None = None
+        self._live: list[_Running] = []
+        self._changes: deque[_Change] = deque()
+        self._cache = SlotCache(slots, slot_length)
+        self._generations: dict[frozenset[str] | None, Generation] = {}
+        self._made_of = self._state
+        self._work = threading.Event()
+        self.chunked = self._chunks_agree()
+
+    # ------------------------------------------------------------------ what a caller does
+
+    def admit(self, request: Request) -> Handle:
+        """Queue a request.
+
+        Raises:
+            ValueError: an unknown expert or one that is leaving, values out of range, more tokens than fit, or a routed
+                request while no expert is routed.
+        """
+        model = self.model
+        request.check(self._config.vocab_size, self.slot_length)
+        check_experts(request.expert, model.expert_names, None)
+        if any(request.expert in change.leaving for change in self._changes):
+            raise ValueError(f"expert {request.expert!r} is being removed; it takes no new request.")
+        if request.expert is None and len(model.experts.masked) == model.router.num_outputs:
+            raise ValueError(f"no expert is routed yet; force one of {', '.join(model.expert_names)}.")
+        tensor = None
+        if request.expert not in (None, BASE):
+            tensor = model.expert_tensors(request.expert)[0].tensor
+        generator = torch.Generator(device=model.device)
+        generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+        handle = Handle(request)
+        text, ids = TextStream(request.stop), list(request.prompt)
+        self._waiting.append(_Running(handle, generator, text, ids, request.expert, tensor))
+        self._work.set()
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Let a request end with the next step; one that has ended stays as it is."""
+        handle.cancelled = True
+        self._work.set()
+
+    def change(self, do: Callable[[], Any], leaving: Sequence[str] = ()) -> Future:
+        """Do something with the mixture between two steps.
+
+        Routed requests go on with what their cache was made of; where the prompt or all earlier tokens decide, or new
+        experts need a routing pass, they are read again under the changed mixture first. A request forced to an expert
+        that is then gone ends as cancelled.
+
+        Args:
+            do: what to do; changes the experts, say.
+            leaving: experts that it removes: it waits until the requests forced to them have ended, and no new one is
+                admitted.
+
+        Returns:
+            what becomes of it: its result or its error.
+        """
+        change = _Change(do, tuple(leaving))
+        self._changes.append(change)
+        self._work.set()
+        return change.done
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, at most so many seconds, until there is something to do for `step`; whether there is."""
+        return self._work.wait(timeout)
+
+    @property
+    def live(self) -> int:
+        """How many requests are being read or answered."""
+        return len(self._live) + (self._reading is not None)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._waiting)
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Make the changes that are due, read a piece of a prompt, and write one token for every request that was read.
+
+        Returns:
+            what came of it, at most one event for each request.
+        """
+        self._work.clear()
+        with self.model.holder.lock.turn():
+            events = self._make_changes()
+            events += self._drop_cancelled()
+            events += self._read()
+            events += self._write()
+        if self._live or self._reading or self._waiting or self._changes:
+            self._work.set()
+        return events
+
+    # ------------------------------------------------------------------ changes
+
+    def _make_changes(self) -> list[Event]:
+        while self._changes:
+            change = self._changes[0]
+            if any(running.expert in change.leaving for running in self._all()):
+                break
+            try:
+                with torch.enable_grad():
+                    result = change.do()
+            except Exception as error:  # noqa: BLE001  # it belongs to whoever asked for the change
+                change.done.set_exception(error)
+            else:
+                change.done.set_result(result)
+            self._changes.popleft()
+        return self._follow() if self._state != self._made_of else []
+
+    @property
+    def _state(self) -> tuple[int, bool]:
+        """How often the experts were changed, and whether they need a routing pass."""
+        return self.model.holder.changes, self.model.hooks.needs_first_pass
+
+    def _follow(self) -> list[Event]:
+        """Bring what was made of the experts up to date."""
+        needed_pass, self._made_of = self._made_of[1], self._state
+        self._generations.clear()
+        names = {id(self.model.expert_tensors(name)[0].tensor): name for name in self.model.expert_names}
+        events = []
+        for running in self._all():
+            if running.tensor is not None:
+                name = names.get(id(running.tensor))
+                if name is None:
+                    events += self._end(running, f"the expert {running.expert!r} was removed")
+                running.expert = name
+        if self._granularity.per_sequence or self._granularity.cumulative or self._made_of[1] > needed_pass:
+            self._read_again()
+        return events
+
+    def _read_again(self) -> None:
+        """Send the routed requests back to be read: their state is none that the mixture would go on from."""
+        back = [running for running in self._live if running.expert is None]
+        if self._reading is not None and self._reading.running.expert is None:
+            back.append(self._reading.running)
+        for running in back:
+            self._release(running)
+            running.held = None
+        self._waiting.extendleft(reversed(back))
+
+    def _drop_cancelled(self) -> list[Event]:
+        return [event for running in self._all() if running.handle.cancelled for event in self._end(running)]
+
+    def _all(self) -> list[_Running]:
+        reading = [] if self._reading is None else [self._reading.running]
+        return [*self._live, *reading, *self._waiting]
+
+    def _end(self, running: _Running, why: str | None = None) -> list[Event]:
+        """Cancel a request."""
+        self._release(running)
+        return [Event(running.handle, finish_reason="cancelled", why=why)]
+
+    def _release(self, running: _Running) -> None:
+        """Give back what a request holds."""
+        if running in self._live:
+            row = self._live.index(running)
+            self._cache.leave(row)
+            last = self._live.pop()
+            if last is not running:
+                self._live[row] = last
+        elif self._reading is not None and self._reading.running is running:
+            self._reading = None
+        else:
+            self._waiting.remove(running)
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(self) -> list[Event]:
+        events, budget = [], self.chunk
+        while budget > 0:
+            if self._reading is None:
+                if not self._waiting or len(self._live) >= self.slots:
+                    break
+                self._reading = _Reading(self._waiting.popleft(), DynamicCache(config=self._config))
+            reading = self._reading
+            size = len(reading.running.ids) - reading.seen
+            if self.chunked:
+                size = min(size, self.chunk)
+            budget -= size
+            try:
+                logits, weights = self._read_piece(reading, size)
+            except Exception as error:  # noqa: BLE001  # one request must not end those of others
+                logger.exception("a prompt of %d tokens could not be read", len(reading.running.ids))
+                events += self._end(reading.running, f"{type(error).__name__}: {error}")
+                continue
+            if reading.seen == len(reading.running.ids):
+                self._reading = None
+                self._cache.join(reading.cache, reading.seen)
+                self._live.append(reading.running)
+                events += self._extend([reading.running], logits, weights)
+        return events
+
+    def _read_piece(self, reading: _Reading, size: int) -> tuple[Tensor, Tensor]:
+        running, start, end = reading.running, reading.seen, reading.seen + size
+        prompt = len(running.handle.request.prompt)
+        device = self.model.device
+        ids = torch.tensor([running.ids], device=device)
+        positions = torch.arange(len(running.ids), device=device)[None]
+        routed = running.expert is None
+        if routed and running.held is None and self._granularity.per_sequence and (end < prompt or start):
+            running.held = self.model.hooks.prompt_scores(self._inputs(ids[:, :prompt], positions[:, :prompt]))
+        call = Call(experts=running.expert, prompt_length=prompt, held=running.held)
+        mask = torch.ones_like(ids[:, :end])
+        result = self._forward(call, ids[:, start:end], positions[:, start:end], mask, reading.cache)
+        running.held, reading.seen = call.held, end
+        return result
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self) -> list[Event]:
+        rows = list(self._live)
+        if not rows:
+            return []
+        device = self.model.device
+        self._cache.advance()
+        ids = torch.tensor([[running.ids[-1]] for running in rows], device=device)
+        call = Call(experts=[running.expert for running in rows], held=self._held(rows))
+        mask, positions = self._cache.mask(device), self._cache.positions(device)
+        try:
+            logits, weights = self._forward(call, ids, positions, mask, self._cache)
+        except Exception as error:  # noqa: BLE001  # those who wait are answered
+            logger.exception("a step of %d requests failed", len(rows))
+            why = f"{type(error).__name__}: {error}"
+            return [event for running in rows for event in self._end(running, why)]
+        return self._extend(rows, logits, weights)
+
+    def _held(self, rows: Sequence[_Running]) -> Tensor | None:
+        """The held scores `[B, 1, n]`, of which those of forced rows mean nothing; None where none are held."""
+        known = next((running.held for running in rows if running.held is not None), None)
+        if known is None:
+            return None
+        return torch.cat([torch.zeros_like(known) if running.held is None else running.held for running in rows])
+
+    def _extend(self, rows: Sequence[_Running], logits: Tensor, weights: Tensor) -> list[Event]:
+        """Give each request its next token, by `logits [B, V]`, predicted under `weights [B, E]`."""
+        best, events, experts = logits.argmax(-1).tolist(), [], tuple(self.model.expert_names)
+        for running, row, id, shares in zip(rows, logits, best, weights.tolist(), strict=True):
+            request = running.handle.request
+            if request.temperature > 0:
+                id = sampled(row, request.temperature, request.top_p, running.generator)
+            event = self._next(running, row, id, tuple(shares), experts)
+            if event.finish_reason is not None:
+                self._release(running)
+            if event.finish_reason is not None or event.text or event.tokens:
+                events.append(event)
+        return events
+
+    def _next(
+        self, running: _Running, logits: Tensor, id: int, weights: tuple[float, ...], experts: tuple[str, ...]
+    ) -> Event:
+        if id in self.eos:
+            return Event(running.handle, *running.text.rest(), "stop")
+        asked = running.handle.request.logprobs
+        logprob, others = (None, []) if asked is None else log_probabilities(logits, id, asked)
+        alternatives = tuple(Alternative(other, self._bytes(other), value) for other, value in others)
+        expert = _largest(weights, experts)
+        token = Token(id, self._bytes(id), weights, experts, expert, logprob, alternatives)
+        running.ids.append(id)
+        text, tokens, stopped = running.text.add(token)
+        if stopped:
+            return Event(running.handle, text, tokens, "stop")
+        if running.written == running.handle.request.max_tokens:
+            rest, others = running.text.rest()
+            return Event(running.handle, text + rest, tokens + others, "length")
+        return Event(running.handle, text, tokens)
+
+    # ------------------------------------------------------------------ a pass
+
+    @property
+    def _granularity(self) -> Any:
+        return GRANULARITIES[self.model.moe_config.granularity]
+
+    def _forward(
+        self, call: Call, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor]:
+        """The last logits `[B, V]` of a pass over `ids [B, S]`, and the routing weights `[B, E]` they came by."""
+        inputs = self._inputs(ids, positions) | {
+            "attention_mask": mask,
+            str(self.model.placement.cache_argument): cache,
+            "use_cache": True,
+        }
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = 1
+        with self.model.hooks.calling(call, self._generation(call)):
+            logits = self._base(**inputs).logits[:, -1]
+        assert call.decision is not None
+        return logits, call.decision.all_weights[:, -1]
+
+    def _inputs(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions
+        return inputs
+
+    def _generation(self, call: Call) -> Generation:
+        """What passes like this one keep; where all rows are forced, layers pack the experts that are among them."""
+        experts = [call.experts] if isinstance(call.experts, str) else list(call.experts or [None])
+        key = None if None in experts else frozenset(str(name) for name in experts)
+        if key not in self._generations:  # of forced batches the last one's only, for there are many
+            self._generations = {old: kept for old, kept in self._generations.items() if old is None}
+            self._generations[key] = Generation()
+        return self._generations[key]
+
+    def _chunks_agree(self) -> bool:
+        """Whether the bare base reads a prompt in pieces as it does at once; says so if not."""
+        length = min(40, self.slot_length)
+        ids = torch.arange(length, device=self.model.device)[None] * 7 % self._config.vocab_size
+        with torch.no_grad(), self.model.holder.lock.turn():
+            whole, pieces = (self._base_logits(ids, size) for size in (length, max(length // 3, 1)))
+        difference = float((whole - pieces).abs().max() / whole.abs().max())
+        agree = difference <= max(1e-4, 4 * torch.finfo(whole.dtype).eps)
+        if not agree:
+            logger.warning(
+                "%s answers otherwise where a prompt is read in pieces (logits differ by %.1e of the largest): prompts "
+                "are read at once, and a long one holds up the other requests.",
+                type(self._base).__name__,
+                difference,
+            )
+        return agree
+
+    def _base_logits(self, ids: Tensor, size: int) -> Tensor:
+        """The bare base's last logits `[1, V]`, `ids [1, S]` read in pieces of `size`."""
+        cache, logits = DynamicCache(config=self._config), ids
+        for start in range(0, ids.shape[1], size):
+            own = ids[:, start : start + size]
+            end = start + own.shape[1]
+            positions = torch.arange(start, end, device=ids.device)[None]
+            logits, _ = self._forward(Call(experts=BASE), own, positions, torch.ones_like(ids[:, :end]), cache)
+        return logits
+
+
+def _largest(weights: tuple[float, ...], experts: tuple[str, ...]) -> str:
+    """The expert with the largest of `weights`, or `"base"` where what is left to the base alone is larger."""
+    weight = max(weights)
+    return BASE if 1 - sum(weights) > weight else experts[weights.index(weight)]
