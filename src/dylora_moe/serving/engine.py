@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import secrets
 import threading
 from collections import deque
@@ -36,6 +37,8 @@ from .slots import SlotCache, check_served
 from .text import TextStream, TokenBytes
 
 logger = logging.getLogger(__name__)
+MOST_BY_DEFAULT = 2048
+"""How many tokens a request may have where nobody says: so much memory is taken for every slot."""
 
 
 @dataclass(eq=False)
@@ -45,20 +48,30 @@ class _Running:
     Attributes:
         handle: whose it is.
         generator: what it samples with.
-        text: what it has written.
-        ids: of the prompt and of what was written.
+        tensor: the forced expert's first parameter, by which it is known whatever it is called; None for no expert.
         expert: what it is forced to now, after renames; None if it is routed.
-        tensor: the forced expert's first parameter, by which it is known whatever it is called.
+        ids: of the prompt and of what was written.
+        text: what it has written.
         held: `[1, 1, n]` scores where the prompt decides.
     """
 
     handle: Handle
     generator: torch.Generator
-    text: TextStream
-    ids: list[int]
-    expert: str | None
     tensor: Tensor | None
+    expert: str | None
+    ids: list[int]
+    text: TextStream
     held: Tensor | None = None
+
+    @classmethod
+    def of(cls, handle: Handle, model: DyLoraMoE) -> _Running:
+        """The beginning of a request to `model`."""
+        request = handle.request
+        generator = torch.Generator(device=model.device)
+        generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
+        forced = request.expert not in (None, BASE)
+        tensor = model.expert_tensors(str(request.expert))[0].tensor if forced else None
+        return cls(handle, generator, tensor, request.expert, list(request.prompt), TextStream(request.stop))
 
     @property
     def written(self) -> int:
@@ -94,7 +107,7 @@ class Engine:
         model: the mixture, in evaluation mode.
         tokenizer: its tokenizer, with a fast backend.
         slots: how many requests are answered at a time; others wait.
-        slot_length: how many tokens, prompt and answer together, one may have.
+        slot_length: how many tokens, prompt and answer together, one may have; default 2048, or the base's positions.
         chunk: how many tokens of prompts are read in a step.
 
     Attributes:
@@ -106,18 +119,23 @@ class Engine:
             training mode.
     """
 
-    def __init__(self, model: DyLoraMoE, tokenizer: Any, slots: int = 8, slot_length: int = 2048, chunk: int = 256):
-        self.model, self.slots, self.slot_length, self.chunk = model, slots, slot_length, chunk
-        for name, value in (("slots", slots), ("slot_length", slot_length), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: at least 1 is needed.")
+    def __init__(
+        self, model: DyLoraMoE, tokenizer: Any, slots: int = 8, slot_length: int | None = None, chunk: int = 256
+    ):
         self._base: Any = model.get_base_model()
         self._config = self._base.config.get_text_config(decoder=True)
-        positions = getattr(self._config, "max_position_embeddings", None)
-        if positions is not None and slot_length > positions:
-            raise ValueError(f"slot_length={slot_length}: the base has {positions} positions; serve no more.")
+        positions = getattr(self._config, "max_position_embeddings", None) or math.inf
+        length = int(min(positions, MOST_BY_DEFAULT)) if slot_length is None else slot_length
+        for name, value in (("slots", slots), ("slot_length", length), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: at least 1 is needed.")
+        self.model, self.slots, self.slot_length, self.chunk = model, slots, length, chunk
+        if length > positions:
+            raise ValueError(f"slot_length={length}: the base has {positions} positions; serve no more.")
         if model.training:
-            raise ValueError("the mixture is in training mode, in which it routes and drops out otherwise: model.eval().")
+            raise ValueError(
+                "the mixture is in training mode, which routes and drops out otherwise; call model.eval()."
+            )
         kind = type(self._base).__name__
         if keeps_no_cache(self._base, model.placement):
             raise ValueError(
@@ -130,11 +148,12 @@ class Engine:
         ends = self._base.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
         self.eos = frozenset(id for id in (*ends, tokenizer.eos_token_id) if id is not None)
+        self._arrived: deque[Handle] = deque()  # since the last step, whose thread alone sees what follows
         self._waiting: deque[_Running] = deque()
         self._reading: _Reading | None = None
         self._live: list[_Running] = []
         self._changes: deque[_Change] = deque()
-        self._cache = SlotCache(slots, slot_length)
+        self._cache = SlotCache(slots, length)
         self._generations: dict[frozenset[str] | None, Generation] = {}
         self._made_of = self._state
         self._work = threading.Event()
@@ -152,18 +171,12 @@ class Engine:
         model = self.model
         request.check(self._config.vocab_size, self.slot_length)
         check_experts(request.expert, model.expert_names, None)
-        if any(request.expert in change.leaving for change in self._changes):
+        if any(request.expert in change.leaving for change in list(self._changes)):
             raise ValueError(f"expert {request.expert!r} is being removed; it takes no new request.")
         if request.expert is None and len(model.experts.masked) == model.router.num_outputs:
             raise ValueError(f"no expert is routed yet; force one of {', '.join(model.expert_names)}.")
-        tensor = None
-        if request.expert not in (None, BASE):
-            tensor = model.expert_tensors(request.expert)[0].tensor
-        generator = torch.Generator(device=model.device)
-        generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         handle = Handle(request)
-        text, ids = TextStream(request.stop), list(request.prompt)
-        self._waiting.append(_Running(handle, generator, text, ids, request.expert, tensor))
+        self._arrived.append(handle)
         self._work.set()
         return handle
 
@@ -204,26 +217,37 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many requests wait for a slot."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._arrived)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Make the changes that are due, read a piece of a prompt, and write one token for every request that was read.
 
         Returns:
-            what came of it, at most one event for each request.
+            what came of it, in order.
         """
         self._work.clear()
         with self.model.holder.lock.turn():
-            events = self._make_changes()
+            events = self._receive()
+            events += self._make_changes()
             events += self._drop_cancelled()
             events += self._read()
             events += self._write()
-        if self._live or self._reading or self._waiting or self._changes:
+        if self._live or self._reading or self._waiting:
             self._work.set()
         return events
 
     # ------------------------------------------------------------------ changes
+
+    def _receive(self) -> list[Event]:
+        events = []
+        while self._arrived:
+            handle = self._arrived.popleft()
+            try:
+                self._waiting.append(_Running.of(handle, self.model))
+            except ValueError as error:  # its expert has gone since it was admitted
+                events.append(Event(handle, finish_reason="cancelled", why=str(error)))
+        return events
 
     def _make_changes(self) -> list[Event]:
         while self._changes:
@@ -312,7 +336,7 @@ class Engine:
             budget -= size
             try:
                 logits, weights = self._read_piece(reading, size)
-            except Exception as error:  # noqa: BLE001  # one request must not end those of others
+            except Exception as error:  # one request must not end those of others
                 logger.exception("a prompt of %d tokens could not be read", len(reading.running.ids))
                 events += self._end(reading.running, f"{type(error).__name__}: {error}")
                 continue
@@ -330,7 +354,7 @@ class Engine:
         ids = torch.tensor([running.ids], device=device)
         positions = torch.arange(len(running.ids), device=device)[None]
         routed = running.expert is None
-        if routed and running.held is None and self._granularity.per_sequence and (end < prompt or start):
+        if routed and running.held is None and self._granularity.per_sequence and end < prompt:
             running.held = self.model.hooks.prompt_scores(self._inputs(ids[:, :prompt], positions[:, :prompt]))
         call = Call(experts=running.expert, prompt_length=prompt, held=running.held)
         mask = torch.ones_like(ids[:, :end])
@@ -351,7 +375,7 @@ class Engine:
         mask, positions = self._cache.mask(device), self._cache.positions(device)
         try:
             logits, weights = self._forward(call, ids, positions, mask, self._cache)
-        except Exception as error:  # noqa: BLE001  # those who wait are answered
+        except Exception as error:  # those who wait are answered
             logger.exception("a step of %d requests failed", len(rows))
             why = f"{type(error).__name__}: {error}"
             return [event for running in rows for event in self._end(running, why)]
@@ -403,9 +427,7 @@ class Engine:
     def _granularity(self) -> Any:
         return GRANULARITIES[self.model.moe_config.granularity]
 
-    def _forward(
-        self, call: Call, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, call: Call, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         """The last logits `[B, V]` of a pass over `ids [B, S]`, and the routing weights `[B, E]` they came by."""
         inputs = self._inputs(ids, positions) | {
             "attention_mask": mask,
@@ -425,10 +447,12 @@ class Engine:
             inputs["position_ids"] = positions
         return inputs
 
-    def _generation(self, call: Call) -> Generation:
+    def _generation(self, call: Call) -> Generation | None:
         """What passes like this one keep; where all rows are forced, layers pack the experts that are among them."""
-        experts = [call.experts] if isinstance(call.experts, str) else list(call.experts or [None])
-        key = None if None in experts else frozenset(str(name) for name in experts)
+        experts = {call.experts} if call.experts is None or isinstance(call.experts, str) else {*call.experts}
+        if len(experts) == 1 and None not in experts:
+            return None  # PEFT's own forward
+        key = None if None in experts else frozenset(map(str, experts))
         if key not in self._generations:  # of forced batches the last one's only, for there are many
             self._generations = {old: kept for old, kept in self._generations.items() if old is None}
             self._generations[key] = Generation()

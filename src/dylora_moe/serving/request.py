@@ -47,7 +47,7 @@ class Request:
             raise ValueError("the prompt has no token; there is nothing to go on from.")
         unknown = next((id for id in self.prompt if not 0 <= id < vocabulary), None)
         if unknown is not None:
-            raise ValueError(f"token id {unknown} of the prompt is none of the base's, which are 0 to {vocabulary - 1}.")
+            raise ValueError(f"token id {unknown} of the prompt is none of the base's: 0 to {vocabulary - 1}.")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: at least one token is written.")
         if len(self.prompt) + self.max_tokens > length:

@@ -28,8 +28,8 @@ def check_served(cache: Cache, kind: str) -> None:
     others = sorted({type(layer).__name__ for layer in cache.layers} - {served.__name__ for served in SERVED})
     if others or not cache.layers:
         raise ValueError(
-            f"{kind} keeps {', '.join(others) or 'its state elsewhere than'} in its cache; requests are served together "
-            "only on bases that keep keys and values there (full or sliding attention). Use model.generate."
+            f"{kind} keeps {', '.join(others) or 'its state elsewhere than'} in its cache; requests are served "
+            "together only on bases that keep keys and values there (full or sliding attention). Use model.generate."
         )
 
 
@@ -81,13 +81,15 @@ class SlotLayer(CacheLayerMixin):
         """Let slot `row` hold the tokens of `keys` and `values [1, H, S, D]`."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         own = slice(self.columns.end - keys.shape[2], self.columns.end)
         self.keys[row, :, own], self.values[row, :, own] = keys[0], values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add one token to each slot in use; what they see, `[N, H, columns, D]`."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         rows, end, visible = len(self.columns.lengths), self.columns.end, self._visible
         self.keys[:rows, :, end - 1 : end], self.values[:rows, :, end - 1 : end] = key_states, value_states
         seen = slice(end - visible, end)
