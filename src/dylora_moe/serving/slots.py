@@ -25,10 +25,10 @@ SERVED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 def check_served(cache: Cache, kind: str) -> None:
     """Raise `ValueError` if a base of class `kind` keeps more in its `cache` than keys and values."""
-    others = sorted({type(layer).__name__ for layer in cache.layers} - {served.__name__ for served in SERVED})
-    if others or not cache.layers:
+    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in SERVED})
+    if others:
         raise ValueError(
-            f"{kind} keeps {', '.join(others) or 'its state elsewhere than'} in its cache; requests are served "
+            f"{kind} keeps {', '.join(others)} in its cache; requests are served "
             "together only on bases that keep keys and values there (full or sliding attention). Use model.generate."
         )
 
