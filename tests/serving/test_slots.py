@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, MambaConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Gemma2Config
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from dylora_moe.passes.cache import RunningScores
 from dylora_moe.serving.slots import SlotCache, check_served
