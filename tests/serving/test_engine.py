@@ -417,6 +417,14 @@ def test_a_change_that_fails_is_told_to_whoever_asked():
     assert answers.reason(handle) == "length"
 
 
+def test_a_change_that_is_taken_back_is_not_made():
+    answers = Answers(engine_of(mixture()))
+    done = answers.engine.change(lambda: answers.engine.model.remove_expert("red"))
+    assert done.cancel()
+    answers.step()
+    assert answers.engine.model.expert_names == list(NAMES)
+
+
 def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     model = mixture()
     answers = Answers(engine_of(model))
@@ -466,17 +474,6 @@ def test_a_mixture_without_a_routed_expert_serves_forced_requests():
     with pytest.raises(ValueError, match="no expert is routed yet"):
         engine.admit(request(3))
     engine.admit(request(3, expert="red"))
-
-
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [("rwkv", "keeps its state in no transformers Cache"), ("mamba", "keeps LinearAttentionLayer in its cache")],
-)
-def test_bases_that_cannot_be_served_are_refused(family, message):
-    targets = ["key", "value"] if family == "rwkv" else ["in_proj"]
-    model = tiny_mixture(family, base=family_base(family), target_modules=targets)
-    with pytest.raises(ValueError, match=f"{message}.*Use model.generate"):
-        Engine(model, tiny_tokenizer(), slot_length=30)
 
 
 def test_settings_that_do_not_fit_are_refused():

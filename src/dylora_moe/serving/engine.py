@@ -9,7 +9,6 @@ Shapes: B batch, S tokens of a pass, V vocabulary, E experts, n router outputs.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import secrets
@@ -22,18 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from dylora_moe.arguments import BASE, check_experts
-from dylora_moe.layers.in_force import Generation
 from dylora_moe.model import DyLoraMoE
-from dylora_moe.passes.cache import keeps_no_cache
 from dylora_moe.routing.call import Call
-from dylora_moe.routing.granularity import GRANULARITIES
+from dylora_moe.routing.granularity import GRANULARITIES, Granularity
 
+from .passes import Passes
 from .request import Alternative, Event, Handle, Request, Token
 from .sampling import log_probabilities, sampled
-from .slots import SlotCache, check_served
+from .slots import SlotCache
 from .text import TextStream, TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -122,9 +120,9 @@ class Engine:
     def __init__(
         self, model: DyLoraMoE, tokenizer: Any, slots: int = 8, slot_length: int | None = None, chunk: int = 256
     ):
-        self._base: Any = model.get_base_model()
-        self._config = self._base.config.get_text_config(decoder=True)
-        positions = getattr(self._config, "max_position_embeddings", None) or math.inf
+        self._passes = Passes(model)
+        config = self._passes.config
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
         length = int(min(positions, MOST_BY_DEFAULT)) if slot_length is None else slot_length
         for name, value in (("slots", slots), ("slot_length", length), ("chunk", chunk)):
             if value < 1:
@@ -136,16 +134,8 @@ class Engine:
             raise ValueError(
                 "the mixture is in training mode, which routes and drops out otherwise; call model.eval()."
             )
-        kind = type(self._base).__name__
-        if keeps_no_cache(self._base, model.placement):
-            raise ValueError(
-                f"{kind} keeps its state in no transformers Cache; requests are served together only on bases that "
-                "keep keys and values there (full or sliding attention). Use model.generate."
-            )
-        check_served(DynamicCache(config=self._config), kind)
-        self._takes = set(inspect.signature(type(self._base).forward).parameters)
         self._bytes = TokenBytes(tokenizer)
-        ends = self._base.generation_config.eos_token_id
+        ends = self._passes.base.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
         self.eos = frozenset(id for id in (*ends, tokenizer.eos_token_id) if id is not None)
         self._arrived: deque[Handle] = deque()  # since the last step, whose thread alone sees what follows
@@ -154,10 +144,9 @@ class Engine:
         self._live: list[_Running] = []
         self._changes: deque[_Change] = deque()
         self._cache = SlotCache(slots, length)
-        self._generations: dict[frozenset[str] | None, Generation] = {}
         self._made_of = self._state
         self._work = threading.Event()
-        self.chunked = self._chunks_agree()
+        self.chunked = self._passes.agree_in_pieces(min(40, length))
 
     # ------------------------------------------------------------------ what a caller does
 
@@ -169,7 +158,7 @@ class Engine:
                 request while no expert is routed.
         """
         model = self.model
-        request.check(self._config.vocab_size, self.slot_length)
+        request.check(self._passes.config.vocab_size, self.slot_length)
         check_experts(request.expert, model.expert_names, None)
         if any(request.expert in change.leaving for change in list(self._changes)):
             raise ValueError(f"expert {request.expert!r} is being removed; it takes no new request.")
@@ -198,7 +187,7 @@ class Engine:
                 admitted.
 
         Returns:
-            what becomes of it: its result or its error.
+            what becomes of it: its result or its error; cancelling it in time leaves everything as it is.
         """
         change = _Change(do, tuple(leaving))
         self._changes.append(change)
@@ -254,13 +243,14 @@ class Engine:
             change = self._changes[0]
             if any(running.expert in change.leaving for running in self._all()):
                 break
-            try:
-                with torch.enable_grad():
-                    result = change.do()
-            except Exception as error:  # noqa: BLE001  # it belongs to whoever asked for the change
-                change.done.set_exception(error)
-            else:
-                change.done.set_result(result)
+            if change.done.set_running_or_notify_cancel():
+                try:
+                    with torch.enable_grad():
+                        result = change.do()
+                except Exception as error:  # noqa: BLE001  # it belongs to whoever asked for the change
+                    change.done.set_exception(error)
+                else:
+                    change.done.set_result(result)
             self._changes.popleft()
         return self._follow() if self._state != self._made_of else []
 
@@ -272,15 +262,14 @@ class Engine:
     def _follow(self) -> list[Event]:
         """Bring what was made of the experts up to date."""
         needed_pass, self._made_of = self._made_of[1], self._state
-        self._generations.clear()
+        self._passes.forget()
         names = {id(self.model.expert_tensors(name)[0].tensor): name for name in self.model.expert_names}
         events = []
         for running in self._all():
             if running.tensor is not None:
-                name = names.get(id(running.tensor))
-                if name is None:
-                    events += self._end(running, f"the expert {running.expert!r} was removed")
-                running.expert = name
+                gone, running.expert = running.expert, names.get(id(running.tensor))
+                if running.expert is None:
+                    events += self._end(running, f"the expert {gone!r} was removed")
         if self._granularity.per_sequence or self._granularity.cumulative or self._made_of[1] > needed_pass:
             self._read_again()
         return events
@@ -328,7 +317,7 @@ class Engine:
             if self._reading is None:
                 if not self._waiting or len(self._live) >= self.slots:
                     break
-                self._reading = _Reading(self._waiting.popleft(), DynamicCache(config=self._config))
+                self._reading = _Reading(self._waiting.popleft(), self._passes.new_cache())
             reading = self._reading
             size = len(reading.running.ids) - reading.seen
             if self.chunked:
@@ -355,10 +344,10 @@ class Engine:
         positions = torch.arange(len(running.ids), device=device)[None]
         routed = running.expert is None
         if routed and running.held is None and self._granularity.per_sequence and end < prompt:
-            running.held = self.model.hooks.prompt_scores(self._inputs(ids[:, :prompt], positions[:, :prompt]))
+            running.held = self._passes.prompt_scores(ids[:, :prompt], positions[:, :prompt])
         call = Call(experts=running.expert, prompt_length=prompt, held=running.held)
         mask = torch.ones_like(ids[:, :end])
-        result = self._forward(call, ids[:, start:end], positions[:, start:end], mask, reading.cache)
+        result = self._passes.run(call, ids[:, start:end], positions[:, start:end], mask, reading.cache)
         running.held, reading.seen = call.held, end
         return result
 
@@ -374,7 +363,7 @@ class Engine:
         call = Call(experts=[running.expert for running in rows], held=self._held(rows))
         mask, positions = self._cache.mask(device), self._cache.positions(device)
         try:
-            logits, weights = self._forward(call, ids, positions, mask, self._cache)
+            logits, weights = self._passes.run(call, ids, positions, mask, self._cache)
         except Exception as error:  # those who wait are answered
             logger.exception("a step of %d requests failed", len(rows))
             why = f"{type(error).__name__}: {error}"
@@ -421,69 +410,9 @@ class Engine:
             return Event(running.handle, text + rest, tokens + others, "length")
         return Event(running.handle, text, tokens)
 
-    # ------------------------------------------------------------------ a pass
-
     @property
-    def _granularity(self) -> Any:
+    def _granularity(self) -> Granularity:
         return GRANULARITIES[self.model.moe_config.granularity]
-
-    def _forward(self, call: Call, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """The last logits `[B, V]` of a pass over `ids [B, S]`, and the routing weights `[B, E]` they came by."""
-        inputs = self._inputs(ids, positions) | {
-            "attention_mask": mask,
-            str(self.model.placement.cache_argument): cache,
-            "use_cache": True,
-        }
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = 1
-        with self.model.hooks.calling(call, self._generation(call)):
-            logits = self._base(**inputs).logits[:, -1]
-        assert call.decision is not None
-        return logits, call.decision.all_weights[:, -1]
-
-    def _inputs(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": ids}
-        if "position_ids" in self._takes:
-            inputs["position_ids"] = positions
-        return inputs
-
-    def _generation(self, call: Call) -> Generation | None:
-        """What passes like this one keep; where all rows are forced, layers pack the experts that are among them."""
-        experts = {call.experts} if call.experts is None or isinstance(call.experts, str) else {*call.experts}
-        if len(experts) == 1 and None not in experts:
-            return None  # PEFT's own forward
-        key = None if None in experts else frozenset(map(str, experts))
-        if key not in self._generations:  # of forced batches the last one's only, for there are many
-            self._generations = {old: kept for old, kept in self._generations.items() if old is None}
-            self._generations[key] = Generation()
-        return self._generations[key]
-
-    def _chunks_agree(self) -> bool:
-        """Whether the bare base reads a prompt in pieces as it does at once; says so if not."""
-        length = min(40, self.slot_length)
-        ids = torch.arange(length, device=self.model.device)[None] * 7 % self._config.vocab_size
-        with torch.no_grad(), self.model.holder.lock.turn():
-            whole, pieces = (self._base_logits(ids, size) for size in (length, max(length // 3, 1)))
-        difference = float((whole - pieces).abs().max() / whole.abs().max())
-        agree = difference <= max(1e-4, 4 * torch.finfo(whole.dtype).eps)
-        if not agree:
-            logger.warning(
-                "%s answers otherwise where a prompt is read in pieces (logits differ by %.1e of the largest): prompts "
-                "are read at once, and a long one holds up the other requests.",
-                type(self._base).__name__,
-                difference,
-            )
-        return agree
-
-    def _base_logits(self, ids: Tensor, size: int) -> Tensor:
-        """The bare base's last logits `[1, V]`, `ids [1, S]` read in pieces of `size`."""
-        cache, logits = DynamicCache(config=self._config), ids
-        for start in range(0, ids.shape[1], size):
-            own = ids[:, start : start + size]
-            end = start + own.shape[1]
-            positions = torch.arange(start, end, device=ids.device)[None]
-            logits, _ = self._forward(Call(experts=BASE), own, positions, torch.ones_like(ids[:, :end]), cache)
-        return logits
 
 
 def _largest(weights: tuple[float, ...], experts: tuple[str, ...]) -> str:
