@@ -13,7 +13,7 @@ from torch import Tensor
 from dylora_moe import DyLoraMoE
 from dylora_moe.serving.engine import Engine
 from dylora_moe.serving.request import Event, Handle, Request, Token
-from families import family_base
+from families import TARGETS, family_base
 from tiny import NAMES, PLACEMENTS, tiny_base, tiny_mixture
 from tinybase import tiny_tokenizer
 
@@ -167,10 +167,14 @@ def test_experts_on_the_head_and_a_base_route(settings):
     assert_mixed_requests_as_alone(mixture(**settings))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss", "mixtral", "gptj", "xglm"])
+OTHERS = ("mistral", "gemma3_text", "gpt_oss", "mixtral", "gptj", "xglm", "qwen3_next", "jamba", "nemotron_h")
+
+
+@pytest.mark.parametrize("family", ["lfm2", *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)])
 def test_families(family):
-    model = tiny_mixture(family, base=family_base(family), target_modules=["q_proj", "v_proj"])
+    targets = TARGETS.get(family, ["q_proj", "v_proj"])
+    settings = PLACEMENTS["below"] | {"granularity": "prefix", "target_modules": targets}
+    model = tiny_mixture(family, base=family_base(family), **settings)
     model.generation_config.eos_token_id = model.get_base_model().generation_config.eos_token_id = None
     engine = Engine(model, tiny_tokenizer(), slots=3, slot_length=LENGTH, chunk=5)
     engine.eos = frozenset()

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import Gemma2Config
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from dylora_moe.passes.cache import RunningScores
 from dylora_moe.serving.slots import SlotCache, check_served
@@ -63,5 +70,8 @@ def test_a_batch_sees_what_each_request_would_see_alone(slack, monkeypatch):
 
 def test_other_caches_are_refused():
     check_served(DynamicCache(config=Gemma2Config(num_hidden_layers=2)), "Kind")
+    check_served(Cache(layers=[DynamicLayer(), LinearAttentionLayer()]), "Kind")
+    with pytest.raises(ValueError, match="Kind keeps DynamicIndexedLayer in its cache"):
+        check_served(Cache(layers=[DynamicLayer(), DynamicIndexedLayer(), LinearAttentionLayer()]), "Kind")
     with pytest.raises(ValueError, match="Kind keeps LinearAttentionLayer in its cache"):
-        check_served(Cache(layers=[DynamicLayer(), LinearAttentionLayer()]), "Kind")
+        check_served(Cache(layers=[LinearAttentionLayer(), LinearAttentionLayer()]), "Kind")

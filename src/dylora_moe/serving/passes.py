@@ -19,7 +19,7 @@ from dylora_moe.model import DyLoraMoE
 from dylora_moe.passes.cache import keeps_no_cache
 from dylora_moe.routing.call import Call
 
-from .slots import check_served
+from .slots import SUPPORTED, check_served
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Passes:
         config: of the base's decoder.
 
     Raises:
-        ValueError: a base whose cache holds more than keys and values, or that keeps none.
+        ValueError: a base whose requests cannot be served together.
     """
 
     def __init__(self, model: DyLoraMoE):
@@ -44,10 +44,7 @@ class Passes:
         self.config = self.base.config.get_text_config(decoder=True)
         kind = type(self.base).__name__
         if keeps_no_cache(self.base, model.placement):
-            raise ValueError(
-                f"{kind} keeps its state in no transformers Cache; requests are served together only on bases that "
-                "keep keys and values there (full or sliding attention). Use model.generate."
-            )
+            raise ValueError(f"{kind} keeps its state in no transformers Cache; {SUPPORTED}")
         check_served(self.new_cache(), kind)
         self._takes = set(inspect.signature(type(self.base).forward).parameters)
         self._generations: dict[frozenset[str] | None, Generation] = {}

@@ -9,28 +9,39 @@ Shapes: N slots in use, H heads, D head size, n router outputs, L tokens that a 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
-from dylora_moe.passes.cache import RunningScores
+from dylora_moe.passes.cache import ExtraLayer, RunningScores
 
 SLACK = 256
 """How many columns there are beyond L at most: after so many steps what is in use moves to the left."""
-SERVED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+SERVED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
 """The layers of an ordinary cache that a slot can hold."""
+SUPPORTED = (
+    "requests are served together only on bases whose layers each keep keys and values (full or sliding attention) or "
+    "a recurrent state, not all of them a state. Use model.generate."
+)
 
 
 def check_served(cache: Cache, kind: str) -> None:
-    """Raise `ValueError` if a base of class `kind` keeps more in its `cache` than keys and values."""
-    others = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in SERVED})
-    if others:
-        raise ValueError(
-            f"{kind} keeps {', '.join(others)} in its cache; requests are served "
-            "together only on bases that keep keys and values there (full or sliding attention). Use model.generate."
-        )
+    """Raise `ValueError` if slots cannot hold what a base of class `kind` keeps in its `cache`."""
+    types = {type(layer) for layer in cache.layers}
+    others = types.difference(SERVED) or types.intersection([LinearAttentionLayer])
+    if types.difference(SERVED) or not any(issubclass(each, CacheLayerMixin) for each in types):
+        names = ", ".join(sorted(each.__name__ for each in others))
+        raise ValueError(f"{kind} keeps {names} in its cache; {SUPPORTED}")
 
 
 class Columns:
@@ -56,7 +67,7 @@ class Columns:
 
 
 class SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer, `[slots, H, columns, D]`, of which a pass sees what is in use.
+    """The keys and values of one layer, `[slots, H, columns, D]`; a pass sees those in use.
 
     Args:
         slots: how many there are.
@@ -125,6 +136,53 @@ class SlotLayer(CacheLayerMixin):
                 tensor[row, :, own] = tensor[other, :, own]
 
 
+_DESCRIBED = (
+    "conv_kernel_size",
+    "has_previous_state",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "dtype",
+    "device",
+)
+"""What a layer of states says of them, the same for all requests that were read."""
+
+
+class SlotStates(LinearAttentionLayer):
+    """The states of one recurrent layer, each `[slots, …]`, of which a pass sees and changes those in use.
+
+    Args:
+        slots: how many there are.
+        columns: what is in use.
+        count: how many states of a kind the layer has.
+    """
+
+    def __init__(self, slots: int, columns: Columns, count: int):
+        super().__init__(count)
+        self.slots, self.columns = slots, columns
+        self.all: dict[tuple[str, int], Tensor] = {}
+
+    def put(self, row: int, layer: LinearAttentionLayer) -> None:
+        """Let slot `row` hold the states of one request in `layer`."""
+        for name in _DESCRIBED:
+            setattr(self, name, copy.copy(getattr(layer, name)))
+        for kind in ("conv_states", "recurrent_states"):
+            for index, state in getattr(layer, kind).items():
+                if state is not None:
+                    if (kind, index) not in self.all:
+                        self.all[kind, index] = state.new_zeros(self.slots, *state.shape[1:])
+                    self.all[kind, index][row] = state[0]
+
+    def show(self) -> None:
+        """Let a pass see the slots in use; what it writes there stays."""
+        for (kind, index), states in self.all.items():
+            getattr(self, kind)[index] = states[: len(self.columns.lengths)]
+
+    def take(self, row: int, other: int) -> None:
+        """Let slot `row` hold what slot `other` does."""
+        for states in self.all.values():
+            states[row] = states[other]
+
+
 class SlotScores(RunningScores):
     """The totals of the router's scores of each slot, `[slots, 1, n + 1]`, where the granularity is cumulative.
 
@@ -175,7 +233,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int, length: int):
         super().__init__(layers=[])
         self.slots, self.columns = slots, Columns(length)
-        self._attention: list[Any] = []
+        self._layers: list[Any] = []
         self._scores = SlotScores(slots, self.columns)
 
     @property
@@ -187,38 +245,52 @@ class SlotCache(Cache):
         """Give the next free slot what was read into `cache`: `length` tokens of one request."""
         row = self.rows
         for at, layer in enumerate(layer for layer in cache.layers if not isinstance(layer, RunningScores)):
-            if at == len(self._attention):
-                self._attention.append(self._slots_like(layer))
-            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-                self._attention[at].put(row, layer.keys, layer.values)
+            inner = _inner(layer)
+            if at == len(self._layers):
+                self._layers.append(self._slots_like(layer))
+            own = _inner(self._layers[at])
+            if isinstance(own, SlotStates):
+                own.put(row, inner)
+            elif isinstance(own, SlotLayer) and inner.keys is not None:
+                own.put(row, inner.keys, inner.values)
         totals = next((layer.last for layer in cache.layers if isinstance(layer, RunningScores)), None)
         if totals is not None:
             self._scores.put(row, totals)
         self.columns.lengths.append(length)
-        self.layers = [*self._attention, self._scores]
+        self.layers = [*self._layers, self._scores]
 
     def _slots_like(self, layer: Any) -> Any:
+        if isinstance(layer, ExtraLayer):
+            return ExtraLayer(self._slots_like(layer.layer))
         if isinstance(layer, DynamicLayer):
             return SlotLayer(self.slots, self.columns, getattr(layer, "sliding_window", None))
+        if isinstance(layer, LinearAttentionLayer):
+            return SlotStates(self.slots, self.columns, layer.number_of_states)
         return DummyLayer()
+
+    def _holding(self) -> list[Any]:
+        """The layers that hold something for every slot."""
+        return [layer for layer in map(_inner, self.layers) if isinstance(layer, (SlotLayer, SlotStates, SlotScores))]
 
     def advance(self) -> None:
         """Make room for one more token in each slot in use."""
         columns = self.columns
         if columns.end == columns.capacity:
-            for layer in self._attention:
+            for layer in self._holding():
                 if isinstance(layer, SlotLayer):
                     layer.move(self.rows, columns.end - columns.width, columns.end, columns.length)
             columns.end = columns.length
         columns.end += 1
         columns.lengths = [length + 1 for length in columns.lengths]
+        for layer in self._holding():
+            if isinstance(layer, SlotStates):
+                layer.show()
 
     def leave(self, row: int) -> None:
         """Free a slot; the last one in use takes its place."""
         last = self.rows - 1
-        for layer in self.layers if row != last else ():
-            if isinstance(layer, (SlotLayer, SlotScores)):
-                layer.take(row, last)
+        for layer in self._holding() if row != last else ():
+            layer.take(row, last)
         self.columns.lengths[row] = self.columns.lengths[last]
         self.columns.lengths.pop()
         if not self.columns.lengths:
@@ -233,3 +305,8 @@ class SlotCache(Cache):
     def positions(self, device: torch.device) -> Tensor:
         """`[N, 1]` of the token that a pass reads in each slot in use."""
         return torch.tensor(self.columns.lengths, device=device)[:, None] - 1
+
+
+def _inner(layer: Any) -> Any:
+    """A layer of a cache, without what hides one of the routing pass from the base."""
+    return layer.layer if isinstance(layer, ExtraLayer) else layer
