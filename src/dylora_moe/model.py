@@ -118,6 +118,20 @@ def in_turn(method: Method) -> Method:
     return cast(Method, waiting)
 
 
+def changing(method: Method) -> Method:
+    """As `in_turn`, for a method after which nothing that was made of the experts or of their router is right."""
+
+    @functools.wraps(method)
+    def counted(self: DyLoraMoE, *args: Any, **kwargs: Any) -> Any:
+        with self.holder.lock.turn():
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.holder.changes += 1
+
+    return cast(Method, counted)
+
+
 class DyLoraMoE(PeftModelForCausalLM):
     """A mixture: base, experts and router. Made by `from_base`, `from_adapters` or `from_pretrained`.
 
@@ -344,6 +358,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 self.freeze_expert(name)
         self.router.requires_grad_(trainable and not self.router.computed)
 
+    @changing
     def restore(self, directory: str | Path) -> None:
         """Take over a checkpoint of this same mixture: experts and router, their states, and which are frozen.
 
@@ -385,6 +400,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     def _apply(self, fn: Any, recurse: bool = True) -> DyLoraMoE:
         self.holder.layers.spare.clear()
+        self.holder.changes += 1
         result = super()._apply(fn, recurse)
         lay_out_experts(self.holder.layers, self.expert_names)
         return result
@@ -708,7 +724,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ the life of an expert
 
-    @in_turn
+    @changing
     def add_expert(
         self, name: str, source: LoraConfig | str | Path | None = None, trainable: bool | None = None
     ) -> None:
@@ -767,7 +783,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         first = 0 if self.moe_config.router_layer == "last" else self.router_layer_index
         return self.placement.fresh_expert(cast(PreTrainedModel, self.get_base_model()), source, first)
 
-    @in_turn
+    @changing
     def remove_expert(self, name: str) -> None:
         """Remove an expert, its row of the router and its skill; the other rows stay as they are (see `forget`).
 
@@ -790,7 +806,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.moe_config.set_experts(self.expert_names)
         self._refresh()
 
-    @in_turn
+    @changing
     def merge_experts(
         self,
         names: Sequence[str],
@@ -848,7 +864,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         self._put_skills(library)
         return truncation
 
-    @in_turn
+    @changing
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name; tensors, order and router stay."""
         self.experts.check_known(old)
@@ -877,7 +893,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         self.experts.frozen.discard(name)
         self.base_model.set_requires_grad(name, True)
 
-    @in_turn
+    @changing
     def start_routing(self, *names: str) -> None:
         """Unmask the logits of new experts (default: all), so that the router can learn to choose them.
 
@@ -890,14 +906,14 @@ class DyLoraMoE(PeftModelForCausalLM):
             self.experts.check_known(name)
             self.experts.states[name] = ROUTED
 
-    @in_turn
+    @changing
     def load_expert(self, name: str, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
         """Copy validated `tensors` (by stock key) into an expert; `keep_dtype` takes over the file's dtype."""
         self.experts.load(name, tensors, keep_dtype)
 
     # ------------------------------------------------------------------ skills
 
-    @in_turn
+    @changing
     def teach(
         self,
         name: str,
@@ -929,7 +945,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         told = None if progress is None else (lambda _, count: progress(count))
         self.teach_many({name: rows}, tokenizer, separator, {name: source}, told)
 
-    @in_turn
+    @changing
     def teach_many(
         self,
         rows: Mapping[str, Iterable[str | Mapping[str, Any] | Example]],
@@ -1118,7 +1134,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
         return learn(self, rows, name, **options)
 
-    @in_turn
+    @changing
     def forget(self, name: str, exact: bool = True) -> None:
         """Remove an expert and its skill, and leave the others as if it had never been there.
 
@@ -1136,7 +1152,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         self._drop(name)
         self._put_skills(library)
 
-    @in_turn
+    @changing
     def merge_skills(self, library: SkillLibrary) -> None:
         """Add another library's skills, each of which is one of this mixture's experts, and compute the router anew.
 
@@ -1305,6 +1321,7 @@ class DyLoraMoE(PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ PEFT's names for the same
 
+    @changing
     def add_adapter(
         self,
         adapter_name: str,
@@ -1329,6 +1346,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             return  # TRL then switches the experts off
         self._add_expert(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
 
+    @changing
     def load_adapter(
         self,
         model_id: str | Path,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.layers.in_force import Generation, InForce
 from dylora_moe.routing.call import Call
-from tiny import NAMES, tiny_mixture, tokens
+from tiny import NAMES, PLACEMENTS, difference, tiny_mixture, tokens
 
 
 def seen_by_layers(model: DyLoraMoE, run: Any) -> list[InForce]:
@@ -73,3 +74,13 @@ def test_a_generation_left_behind_by_an_interrupt_is_taken_down():
     with model.hooks.calling(Call()):
         assert model.holder.generation is None
     assert model.holder.generation is None
+
+
+@pytest.mark.parametrize("placement", ["first", "middle", "last", "below"])
+def test_prompt_scores_are_those_that_a_generation_holds(placement):
+    model, ids = tiny_mixture(granularity="sequence", **PLACEMENTS[placement]), tokens(1, 9)
+    scores = model.hooks.prompt_scores({"input_ids": ids})
+    with torch.no_grad():
+        expected = model(ids).router_logits[:, :1]
+    assert difference(scores, expected) <= 1e-5
+    assert model.holder.now is model.holder.resting

@@ -72,7 +72,8 @@ def _by_token(tensor: Tensor, leading: torch.Size, device: torch.device) -> Tens
 class Generation:
     """What one `generate` prepares, and what ends with it.
 
-    It cannot outlive the call, so no optimizer step, load or `.data` write between calls can make it stale.
+    It cannot outlive the call, so no optimizer step, load or `.data` write between calls can make it stale. Who keeps
+    one for longer (an engine that serves) makes a new one whenever `Holder.changes` has grown.
 
     Attributes:
         packed: per layer and experts the matrices as the forms want them.
@@ -117,6 +118,7 @@ class Holder:
         layers: the layers.
         generation: of the `generate` that runs, if any.
         reached: how often each layer applied a routing, by name, while somebody traces; None otherwise.
+        changes: how often the experts or what routes them were changed, for whoever keeps something made of them.
         lock: held by the thread whose routing is in force; threads that share a model take turns.
     """
 
@@ -125,6 +127,7 @@ class Holder:
         self.layers = RoutedLayers()
         self.generation: Generation | None = None
         self.reached: dict[str, int] | None = None
+        self.changes = 0
         self.lock = CallLock()
 
     def put(self, value: InForce) -> None:

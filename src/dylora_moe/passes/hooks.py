@@ -189,6 +189,20 @@ class PassHooks:
                     unfold(self.holder, generation)
                 self.holder.generation = around
 
+    @torch.no_grad()
+    def prompt_scores(self, inputs: dict[str, Any]) -> Tensor:
+        """What sequence granularity holds for prompts that are then read in pieces: `[B, 1, n]`, for `Call.held`.
+
+        Args:
+            inputs: of the decoder: the whole prompts, without padding.
+        """
+        with self.calling(Call()):
+            where = (self.base, self.placement, self.router_layer)
+            _, hidden = first_pass(*where, {**inputs, "use_cache": False}, False, self.mixture.training)
+            hidden = hidden.to(next(self.router.parameters()).device)
+            every = Deciding(torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+            return self.router.scores(hidden, self._granularity, every).scores
+
     # ------------------------------------------------------------------ the hooks
 
     def _before_base(self, base: nn.Module, args: Any, kwargs: dict) -> None:

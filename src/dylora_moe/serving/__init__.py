@@ -1,0 +1,1 @@
+"""Many requests to one mixture at once."""
