@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from dylora_moe import DyLoraMoE, MoELoraConfig
+from dylora_moe import DyLoraMoE, MoELoraConfig, keeping
 from dylora_moe.cli import app, main
 from dylora_moe.training.run.lock import FolderLock
 from tinybase import tiny_base, tiny_tokenizer
@@ -67,8 +68,14 @@ def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch) -> None:
+    """Tables as wide as they are, whatever the terminal of whoever came first."""
+    monkeypatch.setattr(keeping, "console", Console(width=160, emoji=False))
+
+
 def run(*words) -> str:
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(word) for word in words], catch_exceptions=False)
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0
     return result.output
 
