@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+from dylora_moe.benchmark.marked import write_marked
+
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COLUMNS = {"base": "base", "single": "one LoRA, same total rank", "mixture": "dense", "top2": "top-2", "top1": "top-1"}
 
 
@@ -32,11 +33,7 @@ def section(results: dict) -> str:
 
 
 def main(file: str) -> None:
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    results = json.loads(Path(file).read_text(encoding="utf-8"))
-    README.write_text(f"{before}{BEGIN}\n\n{section(results)}\n\n{END}{after}", encoding="utf-8")
+    write_marked(README, "results", section(json.loads(Path(file).read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

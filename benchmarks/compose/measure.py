@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.base.embedded import EMBEDDED, resolve_base
 from dylora_moe.base.placement import Placement
+from dylora_moe.benchmark.marked import write_marked
 from dylora_moe.skills.closed_form import fit
 from dylora_moe.skills.features import RowStates, evaluating, states_of, window_of
 from dylora_moe.skills.reading import read_rows
@@ -33,7 +34,6 @@ from dylora_moe.skills.skill import Skill
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "lifelong.md"
-BEGIN, END = "<!-- compose:begin -->", "<!-- compose:end -->"
 FOUR = ("gsm8k", "wikisql", "e2e_nlg", "pubmedqa")
 THIRTEEN = (
     *FOUR,
@@ -149,9 +149,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/lifelong.md")
     asked = parser.parse_args()
     if asked.table:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(asked.out)}\n\n{END}{after}", encoding="utf-8")
+        write_marked(PAGE, "compose", table(asked.out))
         return
     asked.out.mkdir(parents=True, exist_ok=True)
     todo = {

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer
 
 from cells import Course
 from dylora_moe.base.embedded import EMBEDDED, resolve_base
+from dylora_moe.benchmark.marked import write_marked
 from methods import METHODS, Budget
 from summary import course_name, figure, table
 from tasks import ORDERS, read_tasks
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "lifelong.md"
-BEGIN, END = "<!-- lifelong:begin -->", "<!-- lifelong:end -->"
 
 
 def main() -> None:
@@ -53,9 +53,7 @@ def main() -> None:
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     if asked.table:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        shown = table(asked.out, asked.suite, asked.order, seeds)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_marked(PAGE, "lifelong", table(asked.out, asked.suite, asked.order, seeds))
     if asked.figure:
         figure(asked.out, asked.suite, asked.order, seeds[0]).savefig(asked.figure)
     if asked.table or asked.figure:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe.base.embedded import EMBEDDED, resolve_base
 from dylora_moe.base.placement import Placement
+from dylora_moe.benchmark.marked import write_marked
 from dylora_moe.skills.background import background_texts
 from dylora_moe.skills.features import evaluating, states_of, window_of
 from dylora_moe.skills.novelty import NEW, RELATED, TOO_SHORT, Detector, Novelty
@@ -35,7 +36,6 @@ from dylora_moe.skills.sums import Sums
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "lifelong.md"
-BEGIN, END = "<!-- novelty:begin -->", "<!-- novelty:end -->"
 DOMAINS = (
     *("gsm8k", "wikisql", "e2e_nlg", "pubmedqa", "mbpp", "geoquery", "instruct_small"),
     *("commonsense/piqa", "commonsense/winogrande", "cl_long/agnews"),
@@ -233,9 +233,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/lifelong.md")
     asked = parser.parse_args()
     if asked.table:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(asked.out)}\n\n{END}{after}", encoding="utf-8")
+        write_marked(PAGE, "novelty", table(asked.out))
         return
     for folder in (asked.out, asked.views):
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from dylora_moe import DyLoraMoE
+from dylora_moe.benchmark.marked import write_marked
 from dylora_moe.data.examples import Example, fit_to_length
 from dylora_moe.evaluation.held_out import by_domain, completion_loss
 from dylora_moe.training.recipe.recipe import load_recipe
@@ -29,7 +30,6 @@ from dylora_moe.training.run.job import Job
 ROOT = Path(__file__).parents[2]
 RESULTS, RUNS = Path(__file__).parent / "results", Path("runs/quality")
 PAGE = ROOT / "docs" / "training.md"
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 DOMAINS = ("gsm8k", "wikisql", "e2e_nlg", "pubmedqa")
 RATES, SEEDS, STEPS, HELD_OUT = (1e-3, 2e-3, 4e-3), (0, 1, 2), 40, 24
 LENGTH = 384
@@ -147,8 +147,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the cells that are there into docs/training.md")
     asked = parser.parse_args()
     if asked.table:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write_marked(PAGE, "quality", table())
         return
     if asked.data is None:
         parser.error("--data is needed: the folder with the domains")

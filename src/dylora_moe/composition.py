@@ -67,16 +67,24 @@ def read_texts(ingredients: Sequence[Ingredient], separator: str = SEPARATOR) ->
     texts: dict[str, list[Example]] = {}
     for ingredient in ingredients:
         check_expert_name(ingredient.name, taken=list(texts))
-        if not ingredient.texts.is_file():
-            raise ValueError(f"no file {str(ingredient.texts)!r} with texts for {ingredient.name!r}.")
-        data = DataRecipe(train=str(ingredient.texts), separator=separator)
-        rows = texts[ingredient.name] = load_examples(ingredient.name, data, "train")
+        rows = texts[ingredient.name] = examples_in(ingredient.texts, ingredient.name, separator)
         if len(rows) < FEW_TEXTS:
             logger.warning(
                 "%s: %d text%s for %r; with fewer than %d, texts of its kind often go elsewhere. Give five to twenty.",
                 *(ingredient.texts, len(rows), "" if len(rows) == 1 else "s", ingredient.name, FEW_TEXTS),
             )
     return texts
+
+
+def examples_in(file: Path, name: str, separator: str) -> list[Example]:
+    """The rows of a file, for an expert.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be used.
+    """
+    if not file.is_file():
+        raise ValueError(f"no file {str(file)!r} with texts for {name!r}.")
+    return load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
 
 
 def digest(file: Path) -> str:

@@ -20,7 +20,6 @@ from .failures import Verbose
 if TYPE_CHECKING:  # whatever needs torch is imported by the command that uses it: help answers at once
     from rich.table import Table
 
-    from .data.examples import Example
     from .model import DyLoraMoE
     from .session import Session
 
@@ -180,6 +179,7 @@ def _load(session: Session, text: str) -> dict[str, float]:
     """Share of the tokens per expert, of a text or of the rows of a file; a row's prompt decides where it can."""
     import torch
 
+    from .composition import examples_in
     from .data.examples import Example, encode
     from .data.section import FILE_SUFFIXES
     from .skills.features import window_of
@@ -187,7 +187,7 @@ def _load(session: Session, text: str) -> dict[str, float]:
     rows = [Example("", text)]
     if os.path.isfile(text):  # a Path of a long text would raise
         if text.endswith(FILE_SUFFIXES):
-            rows = _texts("text", Path(text), _separator(session.model, None))
+            rows = examples_in(Path(text), "text", session.model.skills.separator)
         else:
             rows = [Example("", Path(text).read_text(encoding="utf-8"))]
     elif not text:
@@ -206,15 +206,14 @@ def warn_of_twins(model: DyLoraMoE, *names: str) -> None:
     """Say which skills, of `names` or all, are the same as far as their rows tell."""
     from .skills.separation import SAME
 
-    nearest = model.skills.separation()
+    nearest = model.skills.separation(*names)
     pairs = {frozenset((name, other)): value for name, (other, value) in nearest.items() if value < SAME}
     for pair, value in pairs.items():
-        if not names or pair & set(names):
-            one, other = sorted(pair)
-            _say(
-                f"{one} and {other} are the same as far as their rows tell ({value:.1f}, below {SAME:g}): texts of one "
-                "will go to the other as well. Merge them, or teach each more of what is its own."
-            )
+        one, other = sorted(pair)
+        _say(
+            f"{one} and {other} are the same as far as their rows tell ({value:.1f}, below {SAME:g}): texts of one "
+            "will go to the other as well. Merge them, or teach each more of what is its own."
+        )
 
 
 # ---------------------------------------------------------------------- changing
@@ -317,13 +316,13 @@ def teach(
 
 
 def _teach(session: Session, name: str, texts: Path, separator: str | None) -> None:
-    from .composition import digest
+    from .composition import digest, examples_in
     from .report.terminal import confusion_table
 
     model = session.model
     model.experts.check_known(name)
     separator = _separator(model, separator)
-    rows = _texts(name, texts, separator)
+    rows = examples_in(texts, name, separator)
     with console.status(f"Reading {len(rows)} texts"):
         model.teach(name, rows, session.tokenizer, separator, digest(texts))
     skill = model.skills[name]
@@ -338,23 +337,14 @@ def _teach(session: Session, name: str, texts: Path, separator: str | None) -> N
 
 
 def _separator(model: DyLoraMoE, given: str | None) -> str:
-    from .skills.reading import SEPARATOR
-
     if given is not None:
         return given.replace("\\n", "\n").replace("\\t", "\t")  # as a shell passes them
-    return SEPARATOR if model.skills.reading is None else model.skills.reading.separator
+    return model.skills.separator
 
 
 def _check_file(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"no file {str(file)!r} with texts.")
-
-
-def _texts(name: str, file: Path, separator: str) -> list[Example]:
-    from .data.section import DataRecipe
-    from .data.sources import load_examples
-
-    return load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
 
 
 @commands.command("import")

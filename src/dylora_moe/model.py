@@ -98,7 +98,7 @@ from .skills.background import background_texts, background_views
 from .skills.features import Row, RowStates, evaluating, states_of, window_of
 from .skills.library import SkillLibrary
 from .skills.novelty import FALSE_ALARM, Detector, Novelty
-from .skills.reading import SEPARATOR, Reading, digest_of, read_rows
+from .skills.reading import Reading, digest_of, read_rows
 from .skills.skill import RowViews, Skill, Teaching
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         self._read_as: tuple[Any, PreTrainedTokenizerBase, Reading] | None = None
         self._background: tuple[Reading, RowViews] | None = None
         self._detector: Detector | None = None
-        self._viewed: tuple[tuple[Reading, str], RowViews] | None = None
+        self._latest: tuple[tuple[Reading, str], RowViews, Skill | None] | None = None
         self.named_rows = rows_by_name(base, self.base_name)
         self.router = Router(
             base.config.get_text_config().hidden_size,
@@ -974,10 +974,15 @@ class DyLoraMoE(PeftModelForCausalLM):
             library.check_can_add(name, reading)
         read = {name: read_rows(rows[name], tokenizer, reading.separator, bool(self.chat)) for name in rows}
         for name, of_skill in read.items():
-            told = None if progress is None else functools.partial(progress, name)
-            skill = self._skill_of(of_skill, told)
+            told, digest = None if progress is None else functools.partial(progress, name), digest_of(of_skill)
+            skill = None
+            if self._latest is not None and self._latest[0] == (reading, digest):
+                skill = self._latest[2]
+            if skill is None:
+                with self._states_of(of_skill, told) as states:
+                    skill = Skill.of(states, self.router.sizes[0])
             now, source = datetime.now(UTC).isoformat(timespec="seconds"), (sources or {}).get(name, "")
-            taught = Teaching(now, source, digest_of(of_skill), skill.rows, skill.tokens)
+            taught = Teaching(now, source, digest, skill.rows, skill.tokens)
             library.add(name, replace(skill, taught=(taught,)), reading)
         self._put_skills(library)
 
@@ -1047,26 +1052,31 @@ class DyLoraMoE(PeftModelForCausalLM):
         rows: Iterable[str | Mapping[str, Any] | Example],
         tokenizer: PreTrainedTokenizerBase | None = None,
         separator: str | None = None,
+        sums: bool = False,
     ) -> RowViews:
         """What `novelty` sees of some texts: means of their states. Those of the latest rows are kept.
 
         Args:
             rows, tokenizer, separator: as of `teach`.
+            sums: add their states up as well, so that `teach` with the same rows need not read them again.
         """
         tokenizer, reading = self._reading(tokenizer, separator)
         read = read_rows(rows, tokenizer, reading.separator, bool(self.chat))
         key = (reading, digest_of(read))
-        if self._viewed is None or self._viewed[0] != key:
-            self._viewed = (key, self._views_of(read))
-        return self._viewed[1]
+        if self._latest is None or self._latest[0] != key or (sums and self._latest[2] is None):
+            each: list[RowViews] = []
+            with self._states_of(read) as states:
+                skill = Skill.of(states, self.router.sizes[0], each.append) if sums else None
+                views = RowViews.chained(each) if sums else RowViews.of_each(states)
+            self._latest = (key, views, skill)
+        return self._latest[1]
 
     def _reading(
         self, tokenizer: PreTrainedTokenizerBase | None, separator: str | None
     ) -> tuple[PreTrainedTokenizerBase, Reading]:
         """The tokenizer, and how rows are read with it; the latest are kept, because finding out takes a second."""
         base = cast(PreTrainedModel, self.get_base_model())
-        if separator is None:
-            separator = SEPARATOR if self.skills.reading is None else self.skills.reading.separator
+        separator = self.skills.separator if separator is None else separator
         which = (self.folder, self.base_name)
         if tokenizer is not None:
             which = (id(tokenizer), len(tokenizer), str(tokenizer.chat_template))
@@ -1090,10 +1100,6 @@ class DyLoraMoE(PeftModelForCausalLM):
                 f"no tokenizer to read the rows with: neither the checkpoint's folder ({self.folder}) nor the base "
                 f"({self.base_name}) has one ({error}); pass tokenizer=..."
             ) from error
-
-    def _skill_of(self, rows: Sequence[Row], progress: Callable[[int], None] | None) -> Skill:
-        with self._states_of(rows, progress) as states:
-            return Skill.of(states, self.router.sizes[0])
 
     def _views_of(self, rows: Sequence[Row]) -> RowViews:
         with self._states_of(rows) as states:

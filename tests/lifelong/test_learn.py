@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dylora_moe import DyLoraMoE, MoELoraConfig
+from dylora_moe import model as module_of_model
 from dylora_moe.data.examples import Example
 from dylora_moe.lifelong import learn as module
 from dylora_moe.lifelong.learn import Training, learn, moved
@@ -81,6 +82,14 @@ def test_the_router_is_the_one_of_having_been_taught_at_once(model, monkeypatch)
     other.teach("code", rows(), tiny_tokenizer())
     for key, tensor in other.router.state_dict().items():
         assert torch.allclose(model.router.state_dict()[key], tensor, rtol=1e-6, atol=1e-6), key
+
+
+def test_rows_are_read_once(model, monkeypatch):
+    judge(monkeypatch, NEW)
+    read, states_of = [], module_of_model.states_of
+    monkeypatch.setattr(module_of_model, "states_of", lambda *args: (read.append(args[3].key), states_of(*args))[1])
+    learn(model, rows(), "code", tiny_tokenizer(), training=SHORT)
+    assert len(read) == len(set(read)) == 12
 
 
 def test_rows_of_known_skills_are_left_out(model, monkeypatch):

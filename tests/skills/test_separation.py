@@ -53,11 +53,12 @@ def test_rows_of_one_kind_are_the_same_however_few(count, width):
 
 def test_the_nearest_skill_is_named():
     skills = {"a": skill(0, 8, 0.0), "b": skill(20, 8, 3.0), "c": skill(40, 8, 5.0)}
-    found = nearest(skills)
+    found = nearest(skills, skills)
     assert {name: other for name, (other, _) in found.items()} == {"a": "b", "b": "c", "c": "b"}
     assert found["b"][1] == found["c"][1] < found["a"][1]
-    assert nearest({"a": skills["a"]}) == {}
-    same = nearest({"a": skills["a"], "again": skills["a"]})
+    assert nearest(skills, ["c"]) == {"c": found["c"]}
+    assert nearest({"a": skills["a"]}, ["a"]) == {}
+    same = nearest({"a": skills["a"], "again": skills["a"]}, ["a"])
     assert same["a"] == ("again", pytest.approx(0, abs=1e-6))
 
 

@@ -51,7 +51,7 @@ def learn(
     ] = None,
     watch: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Learn every file that comes into it.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows.")
+        int | None, typer.Option(min=1, help="Optimizer steps; default three times through the rows, at least 60.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="The highest; default 2e-3·√(8/rank).")] = None,
@@ -115,11 +115,8 @@ def _learn_file(
     how: dict[str, Any],
 ) -> None:
     """Look at one file; learn what is new in it, and save the mixture after each skill."""
-    from dylora_moe.composition import digest
-    from dylora_moe.data.section import DataRecipe
-    from dylora_moe.data.sources import load_examples
+    from dylora_moe.composition import digest, examples_in
     from dylora_moe.report.terminal import confusion_table
-    from dylora_moe.skills.reading import SEPARATOR
     from dylora_moe.training.trainer.interrupted import Interrupted
 
     from .learn import check_can_learn
@@ -127,13 +124,11 @@ def _learn_file(
     from .look import FEWEST_ROWS, look
 
     mixture = session.model
-    if not file.is_file():
-        raise ValueError(f"no file {str(file)!r} with rows to learn.")
     check_can_learn(mixture)
     name = name or re.sub(r"\W+", "_", file.name.partition(".")[0], flags=re.ASCII).strip("_")
     _check_name(name, mixture, target)
-    separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
-    rows = load_examples(name, DataRecipe(train=str(file), separator=separator), "train")
+    separator = mixture.skills.separator
+    rows = examples_in(file, name, separator)
     with console.status(f"Looking at {len(rows)} rows"):
         seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
     _show(seen)

@@ -139,10 +139,9 @@ def learn(
         set_seed(training.seed)
         mixture.add_expert(name, training.lora)
         _train(mixture, name, chosen, tokenizer, training)
-        separator = chosen[0].separator
-        mixture.teach(name, chosen, tokenizer, separator, source)
-        others = mixture.skills.separation()
-        return Learned(name, seen, len(chosen), moved(before, mixture.skills), others.get(name))
+        mixture.teach(name, chosen, tokenizer, chosen[0].separator, source)
+        nearest = mixture.skills.separation(name).get(name)
+        return Learned(name, seen, len(chosen), moved(before, mixture.skills), nearest)
 
 
 def check_can_learn(mixture: DyLoraMoE) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dylora_moe.data.examples import Example, encode
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.skills.novelty import KNOWN, NEW, TOO_SHORT, Novelty
-from dylora_moe.skills.reading import SEPARATOR, check_plain, examples_of
+from dylora_moe.skills.reading import check_plain, examples_of
 
 from .split import proposal, split
 
@@ -110,8 +110,7 @@ def look(
     Raises:
         ValueError: no rows, unusable ones, or none that fits.
     """
-    if separator is None:
-        separator = SEPARATOR if mixture.skills.reading is None else mixture.skills.reading.separator
+    separator = mixture.skills.separator if separator is None else separator
     given = examples_of(rows, separator)
     check_plain(given, bool(mixture.chat))
     once = list({(str(e.prompt), str(e.completion)): e for e in reversed(given)}.values())[::-1]
@@ -120,13 +119,13 @@ def look(
         raise ValueError(f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; raise it.")
     too_long = len(once) - len({id(example) for example, _ in fitting})
     examples = tuple(piece for _, piece in fitting)
+    states = mixture.views(examples, tokenizer, separator, sums=True).deciding  # read once, for all that follows
     how = {"tokenizer": tokenizer, "separator": separator, "false_alarm": false_alarm}
     if mixture.skills:
         answers, whole = mixture.novelty(examples, **how), mixture.novelty(examples, batch=True, **how)
     else:
         whole = Novelty(NEW, "", 0.0, math.inf)  # to one that knows nothing everything is
         answers = [whole] * len(examples)
-    states = mixture.views(examples, tokenizer, separator).deciding
     return Look(examples, tuple(answers), whole, states, len(given) - len(once), too_long)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import Fit, Pool, fit, left_out
-from .reading import Reading
+from .reading import SEPARATOR, Reading
 from .separation import nearest
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
@@ -57,6 +57,11 @@ class SkillLibrary(Mapping[str, Skill]):
     def size(self) -> int:
         """Bytes of what it keeps."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def separator(self) -> str:
+        """What stands between prompt and completion of its texts, or would where nothing was taught yet."""
+        return SEPARATOR if self.reading is None else self.reading.separator
 
     @property
     def is_compact(self) -> bool:
@@ -182,9 +187,13 @@ class SkillLibrary(Mapping[str, Skill]):
             table[name] = dict(zip(columns, counts, strict=True))
         return table
 
-    def separation(self) -> dict[str, tuple[str, float]]:
-        """Skill → the one nearest to it and how far they are apart: below 2 they are the same (`separation.py`)."""
-        return nearest(self._skills)
+    def separation(self, *names: str) -> dict[str, tuple[str, float]]:
+        """Skill → the one nearest to it and how far they are apart: below 2 they are the same (`separation.py`).
+
+        Args:
+            names: of the skills that it is asked for; default all.
+        """
+        return nearest(self._skills, names or tuple(self._skills))
 
     def sizes(self) -> dict[str, int]:
         """Skill → bytes of what is kept of it alone."""

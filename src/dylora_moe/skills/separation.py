@@ -14,7 +14,7 @@ Shapes: D width of a state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 
 import torch
@@ -27,20 +27,23 @@ SAME = 2.0
 """Below it two skills are the same, as far as their rows tell."""
 
 
-def nearest(skills: Mapping[str, Skill]) -> dict[str, tuple[str, float]]:
-    """Every skill → the one that is least apart from it, and how far; nothing if there is no other.
+def nearest(skills: Mapping[str, Skill], names: Collection[str]) -> dict[str, tuple[str, float]]:
+    """Each of `names` → the skill that is least apart from it, and how far; nothing if there is no other.
 
     Args:
         skills: by name; their kept rows are compared by what decides how they are routed.
+        names: of some of them.
     """
     rows = {name: skill.views.deciding for name, skill in skills.items()}
     found: dict[str, tuple[str, float]] = {}
     for pair in combinations(rows, 2):
+        if not set(pair) & set(names):
+            continue
         value = separation(*(rows[name] for name in pair))
         for name, other in (pair, pair[::-1]):
             if name not in found or value < found[name][1]:
                 found[name] = other, value
-    return {name: found[name] for name in rows if name in found}
+    return {name: found[name] for name in rows if name in found and name in names}
 
 
 def separation(one: Tensor, other: Tensor) -> float:

@@ -5,7 +5,7 @@ Shapes: R rows, D width of a state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -79,7 +79,11 @@ class RowViews:
     @classmethod
     def of_each(cls, rows: Iterable[RowStates]) -> RowViews:
         """Those of at least one row, in the order in which they come."""
-        several = [cls.of(row) for row in rows]
+        return cls.chained([cls.of(row) for row in rows])
+
+    @classmethod
+    def chained(cls, several: Sequence[RowViews]) -> RowViews:
+        """At least one, one after the other."""
         keys, counts, states = ([getattr(one, name) for one in several] for name in ("keys", "counts", "states"))
         return cls(torch.cat(keys), torch.cat(counts), torch.cat(states))
 
@@ -130,8 +134,8 @@ class Skill:
     taught: tuple[Teaching, ...] = field(default=())
 
     @classmethod
-    def of(cls, rows: Iterable[RowStates], width: int) -> Skill:
-        """The skill of some rows."""
+    def of(cls, rows: Iterable[RowStates], width: int, note: Callable[[RowViews], None] | None = None) -> Skill:
+        """The skill of some rows; `note` is called with the views of each."""
         views, count, tokens = RowViews.none(width), 0, 0
 
         def weighted() -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,6 +143,8 @@ class Skill:
             for row in rows:
                 one = RowViews.of(row)
                 views, count, tokens = RowViews.joined([views, one]), count + 1, tokens + len(row.states)
+                if note is not None:
+                    note(one)
                 per_token = one.shares[0] / one.counts[0].clamp(min=1)
                 yield row.states, torch.where(row.prompt, *per_token)
 
