@@ -30,9 +30,9 @@ from dylora_moe.training.run.build import single_lora_config
 OLD, NEW, ROWS, STEPS, BATCH = ("json", "sql", "date"), "cart", 200, 25, 8
 
 
-def examples(skill: str, count: int) -> list[Example]:
+def examples(skill: str, count: int, seed: int = 0) -> list[Example]:
     """Rows of a generated skill."""
-    return [Example(row["prompt"], row["completion"], skill) for row in generate(skill, "train", count, 0)]
+    return [Example(row["prompt"], row["completion"], skill) for row in generate(skill, "train", count, seed)]
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     mixture = DyLoraMoE.from_base(AutoModelForCausalLM.from_pretrained(source), config).eval()
     mixture.chat = False
     mixture.teach_many({name: examples(name, 40) for name in OLD}, tokenizer)
-    rows = examples(NEW, ROWS)
-    mixture.novelty(rows[:1], tokenizer=tokenizer)
+    mixture.novelty(examples(NEW, 1), tokenizer=tokenizer)
     single = single_lora_config(mixture)
     single.r, single.lora_alpha = 8, 16
     plain: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(source), single)
     ratios = []
     for number in range(asked.rounds):
+        rows = examples(NEW, ROWS, seed=number + 1)  # others each time: what was read last is kept
         started = time.perf_counter()
         learn(mixture, rows, NEW, tokenizer, everything=True, training=Training(steps=STEPS, batch_size=BATCH))
         ours = time.perf_counter() - started
