@@ -391,6 +391,41 @@ class DyLoraMoE(PeftModelForCausalLM):
             if (name in known.frozen) != (name in self.experts.frozen):
                 self.set_requires_grad(name, name not in known.frozen)
 
+    @changing
+    def follow(self, directory: str | Path) -> None:
+        """Take over what was added to a checkpoint of this mixture: further experts, and with them router and skills.
+
+        Args:
+            directory: folder or hub id.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of another mixture; this one is left as it was.
+        """
+        folder, known = read_description(directory)
+        own, base = self.expert_names, cast(PreTrainedModel, self.get_base_model())
+        added = [name for name in known.states if name not in own]
+        if list(known.states) != [*own, *added]:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE}: a mixture of {', '.join(known.states)}, which does not go on from the "
+                f"experts {', '.join(own)} of this one. Load it with DyLoraMoE.from_pretrained."
+            )
+        adapters = {name: read_adapter(folder / name, base, name) for name in added}
+        skills = read_library(folder, known, self.router.sizes[0])
+        try:
+            for name, adapter in adapters.items():
+                self._add_expert(name, adapter)
+            router = read_router(folder / ROUTER_FILE, self.router)
+        except BaseException:
+            for name in added:
+                if name in self.expert_names:
+                    self._drop(name)
+            raise
+        with torch.no_grad():
+            for key, parameter in self.router.named_parameters():
+                parameter.copy_(router[key])
+        self.experts.states.update(known.states)
+        self.skills = skills
+
     def _read_again(self, folder: Path, name: str) -> Adapter:
         """The adapter in `folder`, which must be one of the expert `name` as it is."""
         adapter = read_adapter(folder, cast(PreTrainedModel, self.get_base_model()), name)

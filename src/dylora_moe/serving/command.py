@@ -1,0 +1,149 @@
+"""`dylora-moe serve`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dylora_moe.failures import Verbose
+
+if TYPE_CHECKING:
+    from .guard import Limits
+
+console = Console(emoji=False)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    directory: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What the routed mixture is called; default the folder's name.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DYLORA_MOE_API_KEY", help="What /v1/* needs as its bearer token.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests that are answered at a time; others wait.")] = 8,
+    slot_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a request, with its answer; default 2048 or the base's.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read in a step.")] = 256,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait at most; further ones get 429.")] = 256,
+    max_connections: Annotated[int, typer.Option(min=1, help="Requests open at a time; further ones get 503.")] = 512,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; larger ones get 413.")] = 4 << 20,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Let those who have the key add, remove, rename and teach experts.")
+    ] = False,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder whose subfolders, LoRA adapters, may be added as experts.")
+    ] = None,
+    drain: Annotated[
+        int, typer.Option(min=0, help="Seconds that running answers have when the server is stopped.")
+    ] = 30,
+    device: Annotated[
+        str | None, typer.Option(help="Where the mixture runs; default an accelerator, else cpu.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …; default as saved.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a mixture as OpenAI does, with a page that shows which expert wrote which token.
+
+    The model [bold]NAME[/] is routed, [bold]NAME:sql[/] forces an expert, [bold]NAME:base[/] none. The page is at
+    http://127.0.0.1:8000, the interface below /v1. Ctrl-C lets running answers end.
+
+    Example: [bold]dylora-moe serve runs/skills[/]
+    """
+    from sse_starlette.sse import AppStatus
+
+    from .guard import Limits
+
+    if allow_changes and api_key is None:
+        raise ValueError("--allow-changes lets others change the mixture: give an --api-key that they need for it.")
+    if adapters is not None and not allow_changes:
+        raise ValueError(f"--adapters {adapters} is of use with --allow-changes only.")
+    if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):
+        raise ValueError("--api-key: printable ASCII letters are needed, at least one.")
+    listening = _listen(host, port)
+    try:
+        limits = Limits(api_key, max_body, max_connections, max_queue)
+        name = served_model_name or Path(directory).resolve().name
+        with console.status(f"Loading {directory}"):
+            app = _app(directory, base, name, limits, slots, slot_length, chunk, device, dtype, allow_changes, adapters)
+        AppStatus.disable_automatic_graceful_drain()  # streams end by themselves, within --drain
+        _run(
+            app, listening, host, drain, verbose=logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG), name=name
+        )
+    finally:
+        listening.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: {error}; choose another --port, or 0.") from error
+
+
+def _app(
+    directory: str,
+    base: str | None,
+    name: str,
+    limits: Limits,
+    slots: int,
+    slot_length: int | None,
+    chunk: int,
+    device: str | None,
+    dtype: str | None,
+    allow_changes: bool,
+    adapters: Path | None,
+) -> Any:
+    import torch
+
+    from dylora_moe.session import Session
+
+    from .app import create_app
+    from .changes import Changes
+    from .engine import Engine
+    from .service import Service
+
+    session = Session(directory, base, **({} if dtype is None else {"dtype": dtype}))
+    session.model.chat = session.chat  # older checkpoints say it in a recipe
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else str(found)
+    session.model.to(device)
+    service = Service(session, name, Engine(session.model, session.tokenizer, slots, slot_length, chunk))
+    changes = Changes(service, Path(directory), adapters, base) if allow_changes else None
+    return create_app(service, limits, changes)
+
+
+def _run(app: Any, listening: socket.socket, host: str, drain: int, verbose: bool, name: str) -> None:
+    import uvicorn
+
+    port = listening.getsockname()[1]
+    if host not in LOOPBACK:
+        console.print(f"Listening on {host}: whoever reaches this machine can use it.", markup=False, highlight=False)
+    shown = f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host
+    for line in (
+        f"Serving {name} at http://{shown}:{port} (a page), http://{shown}:{port}/v1 (OpenAI's interface).",
+        "Ctrl-C stops it.",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    config = uvicorn.Config(
+        app,
+        log_level="info" if verbose else "warning",
+        timeout_graceful_shutdown=drain,
+        ws="none",
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
