@@ -19,6 +19,7 @@ from .failures import Verbose, one_message
 from .keeping import commands as keeping
 from .keeping import warn_of_twins
 from .lifelong.command import learn
+from .serving.command import serve
 from .version import __version__
 
 if TYPE_CHECKING:  # whatever needs torch is imported by the command that uses it: help and completion answer at once
@@ -34,6 +35,7 @@ recipes = typer.Typer(help="Look at recipes without training.", no_args_is_help=
 app.add_typer(recipes, name="recipe")
 app.command()(bench)
 app.command()(learn)
+app.command()(serve)
 app.add_typer(keeping)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
@@ -123,7 +125,11 @@ def train(
     )
     console.print(f"Total time: {sum(results.seconds.values()):.0f} s; numbers in {results.output}/results.json")
     console.print("Next:", highlight=False)
-    for words in (["generate", "--show-routing", "--", results.output, job.prompt_to_try], ["inspect", results.output]):
+    for words in (
+        ["generate", "--show-routing", "--", results.output, job.prompt_to_try],
+        ["inspect", results.output],
+        ["serve", results.output],
+    ):
         console.print(f"  {_command(*words)}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -47,6 +47,7 @@ class Session:
     Args:
         directory: the checkpoint's folder or hub id.
         base: overrides the base it names.
+        base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Attributes:
         model: the mixture.
@@ -54,8 +55,8 @@ class Session:
         chat: whether prompts go through the chat template: as the checkpoint says, or the recipe beside an older one.
     """
 
-    def __init__(self, directory: str | Path, base: str | None = None):
-        self.model = DyLoraMoE.from_pretrained(str(directory), base=base)
+    def __init__(self, directory: str | Path, base: str | None = None, **base_kwargs: Any):
+        self.model = DyLoraMoE.from_pretrained(str(directory), base=base, **base_kwargs)
         self.tokenizer: Any = load_tokenizer(directory, base or self.model.base_name)
         self.chat = _chat_in_recipe(Path(directory)) if self.model.chat is None else self.model.chat
 

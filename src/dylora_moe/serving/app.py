@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -230,7 +231,7 @@ async def _chunks(
         if (last := form.last(written())) is not None:
             yield ServerSentEvent(last, sep=SEPARATOR)
     except Failed as error:
-        yield ServerSentEvent(_failed(error).response().body.decode(), sep=SEPARATOR)
+        yield ServerSentEvent(json.dumps(_failed(error).body), sep=SEPARATOR)
     finally:
         await events.aclose()
     yield ServerSentEvent("[DONE]", sep=SEPARATOR)

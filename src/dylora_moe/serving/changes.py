@@ -1,7 +1,7 @@
 """Changes of a mixture while it is being served: experts come, go, get other names, skills are learnt.
 
-What takes long (training, reading texts) is done by a process of its own on the checkpoint, as the command line does it;
-between two steps of the engine only the finished expert, router and library are taken over.
+What takes long (training, reading texts) is done by a process of its own on the checkpoint, as the command line does
+it; between two steps of the engine only the finished expert, router and library are taken over.
 """
 
 from __future__ import annotations

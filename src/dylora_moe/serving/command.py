@@ -44,14 +44,10 @@ def serve(
         Path | None, typer.Option(help="Folder whose subfolders, LoRA adapters, may be added as experts.")
     ] = None,
     drain: Annotated[
-        int, typer.Option(min=0, help="Seconds that running answers have when the server is stopped.")
+        int, typer.Option(min=0, help="Seconds that running answers have to end when it is stopped.")
     ] = 30,
-    device: Annotated[
-        str | None, typer.Option(help="Where the mixture runs; default an accelerator, else cpu.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …; default as saved.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where it runs; default an accelerator, else cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …")] = None,
     base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -127,7 +123,7 @@ def _app(
     return create_app(service, limits, changes)
 
 
-def _run(app: Any, listening: socket.socket, host: str, drain: int, verbose: bool, name: str) -> None:
+def _run(app: Any, listening: socket.socket, host: str, drain: int, name: str) -> None:
     import uvicorn
 
     port = listening.getsockname()[1]
@@ -139,6 +135,7 @@ def _run(app: Any, listening: socket.socket, host: str, drain: int, verbose: boo
         "Ctrl-C stops it.",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    verbose = logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG)
     config = uvicorn.Config(
         app,
         log_level="info" if verbose else "warning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +44,7 @@ class Service:
         self.session, self.name, self.engine = session, name, engine
         self.model, self.tokenizer = session.model, session.tokenizer
         self.worker = Worker(engine)
-        self.written: Counter[str] = Counter()
+        self.written: defaultdict[str, float] = defaultdict(float)
         own: Any = self.model.get_base_model().generation_config  # pyright: ignore[reportCallIssue]
         sampled = bool(own.do_sample)
         self.temperature = 0.0 if not sampled else 1.0 if own.temperature is None else own.temperature

@@ -105,7 +105,7 @@ class Worker:
             while not self._stopping:
                 if self.engine.wait(PAUSE) and (events := self.engine.step()):
                     self._loop.call_soon_threadsafe(self._deliver, events)
-        except BaseException as error:  # noqa: BLE001  # the loop answers those who wait, and says that it is not well
+        except BaseException as error:  # the loop answers those who wait, and says that it is not well
             logger.exception("the engine has stopped")
             self.failure = error
             self._loop.call_soon_threadsafe(self._fail, "the engine has stopped")
