@@ -75,9 +75,7 @@ def serve(
         with console.status(f"Loading {directory}"):
             app = _app(directory, base, name, limits, slots, slot_length, chunk, device, dtype, allow_changes, adapters)
         AppStatus.disable_automatic_graceful_drain()  # streams end by themselves, within --drain
-        _run(
-            app, listening, host, drain, verbose=logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG), name=name
-        )
+        _run(app, listening, host, drain, name)
     finally:
         listening.close()
 

@@ -111,6 +111,7 @@ class Engine:
     Attributes:
         chunked: whether a prompt is read in pieces; not where a base then answers otherwise.
         eos: the ids that end an answer.
+        token_bytes: id → the bytes of a token.
 
     Raises:
         ValueError: a base whose requests cannot be served together, more tokens than it has positions, or a model in
@@ -134,7 +135,7 @@ class Engine:
             raise ValueError(
                 "the mixture is in training mode, which routes and drops out otherwise; call model.eval()."
             )
-        self._bytes = TokenBytes(tokenizer)
+        self.token_bytes = TokenBytes(tokenizer)
         ends = self._passes.base.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
         self.eos = frozenset(id for id in (*ends, tokenizer.eos_token_id) if id is not None)
@@ -398,9 +399,9 @@ class Engine:
             return Event(running.handle, *running.text.rest(), "stop")
         asked = running.handle.request.logprobs
         logprob, others = (None, []) if asked is None else log_probabilities(logits, id, asked)
-        alternatives = tuple(Alternative(other, self._bytes(other), value) for other, value in others)
+        alternatives = tuple(Alternative(other, self.token_bytes(other), value) for other, value in others)
         expert = _largest(weights, experts)
-        token = Token(id, self._bytes(id), weights, experts, expert, logprob, alternatives)
+        token = Token(id, self.token_bytes(id), weights, experts, expert, logprob, alternatives)
         running.ids.append(id)
         text, tokens, stopped = running.text.add(token)
         if stopped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .request import MOST_ALTERNATIVES
 
@@ -41,6 +41,17 @@ TOKENS = 2**31 - 1
 SEED = 2**63 - 1
 
 
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"letter {error.start} is half of a surrogate pair, which is no text.") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -52,11 +63,11 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    model: str
+    model: Text
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     routing: bool | None = False
@@ -84,14 +95,14 @@ class TextPart(BaseModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -119,8 +130,8 @@ class CompletionAsked(Asked):
     """The body of `/v1/completions`."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
     )
@@ -140,7 +151,7 @@ class CompletionAsked(Asked):
 class NoveltyAsked(BaseModel):
     """The body of `/v1/novelty`: texts, or one conversation."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=16)] | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -153,28 +164,28 @@ class NoveltyAsked(BaseModel):
 class RowAsked(BaseModel):
     """A text that a skill is known by or trained on."""
 
-    prompt: str
-    completion: str = ""
+    prompt: Text
+    completion: Text = ""
 
 
 class ExpertAsked(BaseModel):
     """The body of `POST /v1/experts`: an adapter, and texts it is for."""
 
-    name: str
-    adapter: str
+    name: Text
+    adapter: Text
     rows: list[RowAsked] | None = None
 
 
 class RenameAsked(BaseModel):
     """The body of `POST /v1/experts/{name}/rename`."""
 
-    to: str
+    to: Text
 
 
 class LearnAsked(BaseModel):
     """The body of `POST /v1/learn`."""
 
-    name: str
+    name: Text
     rows: Annotated[list[RowAsked], Field(min_length=1)]
     everything: bool = False
     steps: Annotated[int, Field(ge=1, le=100_000)] | None = None
