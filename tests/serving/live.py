@@ -21,7 +21,7 @@ from dylora_moe.session import Session
 from tinybase import save_tiny_base, tiny_tokenizer
 from topics import mixture, teach
 
-NAME = "tiny"
+NAME, KEY = "tiny", "the-key"
 
 
 class Live(NamedTuple):
@@ -51,6 +51,7 @@ def live_server(
     session = Session(folder)
     settings = {"slots": 4, "slot_length": 200, "chunk": 32, **engine}
     service = Service(session, NAME, Engine(session.model, session.tokenizer, **settings))
+    limits = Limits(api_key=KEY) if limits is None and changes else limits
     app = create_app(service, limits, Changes(service, folder, adapters) if changes else None)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none"))

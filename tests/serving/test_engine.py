@@ -360,6 +360,7 @@ def test_requests_forced_to_an_expert_that_leaves_finish_first():
         answers.engine.admit(request(3, expert="green"))
     answers.finish()
     assert answers.ids(forced) == expected
+    assert answers.engine.wait(0)  # for the change
     answers.step()
     assert done.done()
     assert model.expert_names == ["red", "blue"]

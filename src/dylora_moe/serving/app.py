@@ -50,8 +50,13 @@ def create_app(service: Service, limits: Limits | None = None, changes: Changes 
         service: what is served.
         limits: what is taken.
         changes: how the running mixture is changed; None where it is not.
+
+    Raises:
+        ValueError: changes without a key that they need.
     """
     limits = limits or Limits()
+    if changes is not None and limits.api_key is None:
+        raise ValueError("whoever reaches the server could change the mixture: give an API key that they need for it.")
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:

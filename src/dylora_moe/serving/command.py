@@ -62,8 +62,6 @@ def serve(
 
     from .guard import Limits
 
-    if allow_changes and api_key is None:
-        raise ValueError("--allow-changes lets others change the mixture: give an --api-key that they need for it.")
     if adapters is not None and not allow_changes:
         raise ValueError(f"--adapters {adapters} is of use with --allow-changes only.")
     if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):

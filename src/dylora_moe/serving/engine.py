@@ -223,7 +223,7 @@ class Engine:
             events += self._drop_cancelled()
             events += self._read()
             events += self._write()
-        if self._live or self._reading or self._waiting:
+        if self._live or self._reading or self._waiting or self._changes:
             self._work.set()
         return events
 
