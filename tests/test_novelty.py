@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -71,6 +72,47 @@ def test_what_changes_the_library_changes_what_is_known():
     assert {one.skill for one in model.novelty(texts(1, 5), tokenizer=tokenizer)} == {"legal"}
     model.skills.compact()
     assert model.novelty(texts(1, 5), tokenizer=tokenizer)[0].skill == "legal"
+
+
+def test_the_nearest_skills_begin_with_the_one_that_is_named(model):
+    rows, tokenizer = texts(1, 6), tiny_tokenizer()
+    for one, nearest in zip(
+        model.novelty(rows, tokenizer=tokenizer), model.nearest_skills(rows, tokenizer=tokenizer), strict=True
+    ):
+        assert nearest[0] == (one.skill, one.score)
+        assert sorted(name for name, _ in nearest) == sorted(model.skills)
+        assert [score for _, score in nearest] == sorted(score for _, score in nearest)
+
+
+def test_getting_ready_leaves_others_their_turns_and_can_be_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path))
+    model, tokenizer = teach(mixture(), *NAMES[:2], count=ROWS), tiny_tokenizer()
+    inside = []
+
+    def stop(done: int, count: int) -> None:
+        other = threading.Thread(target=lambda: inside.append(model(torch.tensor([[1, 2]])).logits.isfinite().all()))
+        other.start()
+        other.join(20)  # it gets its turn
+        if done == 3:
+            raise InterruptedError(f"{done} of {count}")
+
+    with pytest.raises(InterruptedError, match="3 of 517"):
+        model.prepare_novelty(tokenizer, progress=stop)
+    assert inside == [True] * 3
+    assert not list(tmp_path.iterdir())
+    seen = []
+    model.prepare_novelty(tokenizer, progress=lambda done, count: seen.append(done))
+    assert seen == [*range(1, 518)]
+    model.prepare_novelty(tokenizer, progress=lambda done, count: seen.append(done))
+    assert len(seen) == 517
+
+
+def test_too_few_rows_are_said_once(caplog):
+    model, tokenizer = teach(mixture(), *NAMES[:2], count=ROWS), tiny_tokenizer()
+    for _ in range(3):
+        model.novelty(texts(0, 4), tokenizer=tokenizer, false_alarm=1e-5)
+    assert len([record for record in caplog.records if "nothing will be called new" in record.message]) <= 3  # by kind
+    assert caplog.records
 
 
 def test_nothing_is_changed_and_nothing_read_twice(model, monkeypatch):

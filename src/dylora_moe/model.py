@@ -1041,7 +1041,6 @@ class DyLoraMoE(PeftModelForCausalLM):
         false_alarm: float = FALSE_ALARM,
     ) -> Novelty: ...
 
-    @in_turn
     def novelty(
         self,
         rows: Iterable[str | Mapping[str, Any] | Example],
@@ -1069,17 +1068,67 @@ class DyLoraMoE(PeftModelForCausalLM):
         Raises:
             ValueError: nothing was taught yet, or rows that cannot be used, see `teach`.
         """
+        detector = self._novelty_detector(tokenizer, separator)
+        judge = detector.of_batch if batch else detector.of_rows
+        return judge(self.views(rows, tokenizer, separator), false_alarm)
+
+    def nearest_skills(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+    ) -> list[list[tuple[str, float]]]:
+        """For each text all skills, nearest first, with the score that `novelty` gives it where it is the nearest.
+
+        Args, raises: as `novelty`.
+        """
+        return self._novelty_detector(tokenizer, separator).nearest(self.views(rows, tokenizer, separator))
+
+    def prepare_novelty(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        separator: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read what `novelty` reads once for a base, ahead of its first call. Other threads get their turns meanwhile.
+
+        Args:
+            tokenizer, separator: as of `novelty`.
+            progress: called with how many texts have been read and how many there are; what it raises stops it.
+        """
+        self._novelty_detector(tokenizer, separator, progress).known_scores()
+
+    def _novelty_detector(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        separator: str | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Detector:
+        """The detector for the library as it is, made if there is none."""
         if not self.skills:
             raise ValueError("no skill was taught yet, so that everything is new; call teach(name, rows) first.")
-        tokenizer, reading = self._reading(tokenizer, separator)
-        self.skills.check_reading(reading, "these rows were read")
-        if self._background is None or self._background[0] != reading:
+        with self.holder.lock.turn():
+            skills = self.skills
+            tokenizer, reading = self._reading(tokenizer, separator)
+            skills.check_reading(reading, "these rows were read")
+            background = self._background
+
+        def read(texts: Sequence[Row]) -> RowViews:
+            each = []
+            for number, row in enumerate(texts, start=1):
+                with self.holder.lock.turn():
+                    each.append(self._views_of([row]))
+                if progress is not None:
+                    progress(number, len(texts))
+            return RowViews.chained(each)
+
+        if background is None or background[0] != reading:
             texts = read_rows(background_texts(), tokenizer, reading.separator, bool(self.chat))
-            self._background = (reading, background_views(reading, texts, self._views_of))
-        if self._detector is None or not self._detector.is_of(self.skills, self._background[1]):
-            self._detector = Detector(self.skills, self._background[1])
-        judge = self._detector.of_batch if batch else self._detector.of_rows
-        return judge(self.views(rows, tokenizer, separator), false_alarm)
+            background = self._background = (reading, background_views(reading, texts, read))
+        detector = self._detector
+        if detector is None or not detector.is_of(skills, background[1]):
+            detector = self._detector = Detector(skills, background[1])
+        return detector
 
     @in_turn
     def views(

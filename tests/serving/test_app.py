@@ -240,7 +240,9 @@ def test_novelty(live: Live):
     wait_until(lambda: httpx.get(f"{live.url}/v1/experts").json()["novelty"] == "ready")
     rows = [row for row in texts(1, 3, seed=5) if not isinstance(row, str)]
     asked = {"input": [row["prompt"] for row in rows]}
-    found = httpx.post(f"{live.url}/v1/novelty", json=asked).json()["data"]
+    answer = httpx.post(f"{live.url}/v1/novelty", json=asked)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["data"]
     for one in found:
         assert one["answer"] in ("known", "related", "new", "too short to say")
         assert 0 <= one["p"] <= 1

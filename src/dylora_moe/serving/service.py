@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import threading
 from collections import defaultdict
@@ -51,6 +52,8 @@ class Service:
         self.top_p = 1.0 if not sampled or own.top_p is None else own.top_p
         self.ready = False
         self._tokenizing = asyncio.Lock()  # a fast tokenizer is not to be used by two threads at once
+        self._reader = copy.deepcopy(session.tokenizer)  # novelty's own
+        self._looking = asyncio.Lock()
         self._preparing: threading.Thread | None = None
         self._stop_preparing = threading.Event()
         self._unprepared: str | None = None
@@ -179,15 +182,15 @@ class Service:
             wait = {"Retry-After": "5"}
             raise ApiError(503, "novelty is getting ready; ask again in a few seconds.", code="preparing", headers=wait)
         rows = [{"prompt": prompt, "completion": ""} for prompt in prompts]
-        async with self._tokenizing:
+        async with self._looking:
             try:
                 return await asyncio.to_thread(self._novelty, rows)
             except ValueError as error:
                 raise ApiError(400, str(error)) from error
 
     def _novelty(self, rows: list[dict[str, str]]) -> list[tuple[Novelty, list[tuple[str, float]]]]:
-        found = self.model.novelty(rows, tokenizer=self.tokenizer)
-        nearest = self.model.nearest_skills(rows, tokenizer=self.tokenizer)
+        found = self.model.novelty(rows, tokenizer=self._reader)
+        nearest = self.model.nearest_skills(rows, tokenizer=self._reader)
         return [(one, near[:NEAREST]) for one, near in zip(found, nearest, strict=True)]
 
     def _prepare(self) -> None:
@@ -196,7 +199,7 @@ class Service:
                 raise InterruptedError
 
         try:
-            self.model.prepare_novelty(self.tokenizer, progress=go_on)
+            self.model.prepare_novelty(self._reader, progress=go_on)
         except InterruptedError:
             return
         except (ValueError, OSError) as error:

@@ -151,6 +151,7 @@ class Detector:
             self._within.append(_Cloud.of(together, classes, len(there)))
             self._total.append(_Cloud.of(together, torch.zeros_like(classes), 1))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._warned: set[tuple[int, float]] = set()
 
     def is_of(self, skills: Mapping[str, Skill], background: RowViews) -> bool:
         """Whether it was made of these very objects, which never change."""
@@ -171,6 +172,14 @@ class Detector:
         together = _Seen(_mean(rows)[None], rows.counts.sum(0, keepdim=True))
         length = float(views.counts.sum(-1).double().mean())
         return self._judge(together, [length], len(rows.means), false_alarm)[0]
+
+    def nearest(self, views: RowViews) -> list[list[tuple[str, float]]]:
+        """For each row all skills with their scores, the nearest first."""
+        seen = _seen(views)
+        usable = (seen.counts > 0)[..., None] & self._has
+        scores = _means(self._ratios(seen), usable)
+        names = list(self.skills)
+        return [[(names[skill], float(row[skill])) for skill in row.argsort(stable=True).tolist()] for row in scores]
 
     def known_scores(self, size: int = 1, there: Tensor | None = None) -> Tensor:
         """Float64 `[G]`: the scores of known rows, or groups of `size` of them, that had no part in what they met.
@@ -197,7 +206,8 @@ class Detector:
             known, same = self.known_scores(size, kind).sort().values, (there == kind).all(-1)
             as_high = len(known) - torch.searchsorted(known, scores[same])
             p[same] = (1 + as_high.double()) / (1 + len(known))
-            if 1 / (1 + len(known)) > false_alarm:
+            if 1 / (1 + len(known)) > false_alarm and (len(known), false_alarm) not in self._warned:
+                self._warned.add((len(known), false_alarm))
                 logger.warning(
                     "by %d scores of known texts the rate of false alarms is at least %.2g, and %.2g was asked: "
                     "nothing will be called new. Teach more rows, or ask for a higher rate.",
@@ -267,9 +277,14 @@ def _groups(rows: Tensor, size: int) -> Tensor:
 
 def _least(ratios: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of those `[·, V, E]` that can be used: `[·]`, and of which skill they are; ∞ without any."""
+    return _means(ratios, usable).min(-1)
+
+
+def _means(ratios: Tensor, usable: Tensor) -> Tensor:
+    """Over the views that can be used: `[·, E]`, ∞ without any."""
     number = usable.sum(1)
     means = torch.where(usable, ratios, 0).sum(1) / number.clamp(min=1)
-    return means.masked_fill(number == 0, math.inf).min(-1)
+    return means.masked_fill(number == 0, math.inf)
 
 
 def _mean(rows: _Seen) -> Tensor:
