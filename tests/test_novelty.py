@@ -84,6 +84,17 @@ def test_the_nearest_skills_begin_with_the_one_that_is_named(model):
         assert [score for _, score in nearest] == sorted(score for _, score in nearest)
 
 
+def test_a_prompt_alone_is_all_prompt(model):
+    prompts, tokenizer = [row["prompt"] for row in texts(1, 8, seed=3) if isinstance(row, dict)], tiny_tokenizer()
+    views = model.views([{"prompt": prompt} for prompt in prompts], tokenizer=tokenizer)
+    assert views.counts.tolist() == [[len(prompt) - 1, 0] for prompt in prompts]
+    assert {one.skill for one in model.novelty([{"prompt": each} for each in prompts], tokenizer=tokenizer)} == {"law"}
+    with pytest.raises(ValueError, match="'prompt' and 'completion'"):
+        model.teach("law", [{"prompt": prompts[0]}], tokenizer)
+    with pytest.raises(ValueError, match="'prompt' is 5"):
+        model.novelty([{"prompt": 5}], tokenizer=tokenizer)
+
+
 def test_getting_ready_leaves_others_their_turns_and_can_be_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path))
     model, tokenizer = teach(mixture(), *NAMES[:2], count=ROWS), tiny_tokenizer()

@@ -1055,7 +1055,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         it makes of them is kept in the user's cache folder (`DYLORA_MOE_CACHE`).
 
         Args:
-            rows: as `teach` takes them.
+            rows: as `teach` takes them, or mappings with a `prompt` alone.
             batch: one answer for all rows together, which are of one kind; far surer than one for each.
             tokenizer: as of `teach`.
             separator: as of `teach`.
@@ -1141,11 +1141,11 @@ class DyLoraMoE(PeftModelForCausalLM):
         """What `novelty` sees of some texts: means of their states. Those of the latest rows are kept.
 
         Args:
-            rows, tokenizer, separator: as of `teach`.
+            rows, tokenizer, separator: as of `teach`; without `sums` a row may be a `prompt` alone.
             sums: add their states up as well, so that `teach` with the same rows need not read them again.
         """
         tokenizer, reading = self._reading(tokenizer, separator)
-        read = read_rows(rows, tokenizer, reading.separator, bool(self.chat))
+        read = read_rows(rows, tokenizer, reading.separator, bool(self.chat), unanswered=not sums)
         key = (reading, digest_of(read))
         if self._latest is None or self._latest[0] != key or (sums and self._latest[2] is None):
             each: list[RowViews] = []

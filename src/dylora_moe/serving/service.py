@@ -181,7 +181,7 @@ class Service:
         if state == "preparing":
             wait = {"Retry-After": "5"}
             raise ApiError(503, "novelty is getting ready; ask again in a few seconds.", code="preparing", headers=wait)
-        rows = [{"prompt": prompt, "completion": ""} for prompt in prompts]
+        rows = [{"prompt": prompt} for prompt in prompts]
         async with self._looking:
             try:
                 return await asyncio.to_thread(self._novelty, rows)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dylora_moe.data.examples import Example, encode
+from dylora_moe.data.examples import Example, encode, encode_prompt
 
 from .features import Row
 
@@ -77,6 +77,7 @@ def read_rows(
     tokenizer: PreTrainedTokenizerBase,
     separator: str = SEPARATOR,
     chat: bool = False,
+    unanswered: bool = False,
 ) -> list[Row]:
     """The token ids of some texts, as training would see them.
 
@@ -85,29 +86,36 @@ def read_rows(
         tokenizer: of the base.
         separator: what the completion begins with where no chat template is used.
         chat: whether prompts go through the chat template.
+        unanswered: take mappings with a `prompt` alone as well, all of which is prompt.
 
     Raises:
         ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
     """
-    examples, found = examples_of(rows, separator), []
+    examples, found = examples_of(rows, separator, unanswered), []
     check_plain(examples, chat)
     for number, example in enumerate(examples, start=1):
-        ids, prompt = encode(example, tokenizer, chat)
+        if example.prompt and not example.completion:
+            ids = encode_prompt(example, tokenizer, chat)
+            prompt = len(ids)
+        else:
+            ids, prompt = encode(example, tokenizer, chat)
         if len(ids) < 2:
             raise ValueError(f"row {number} has {len(ids)} tokens; at least two are needed.")
         found.append(Row(ids, prompt))
     return found
 
 
-def examples_of(rows: Iterable[str | Mapping[str, Any] | Example], separator: str = SEPARATOR) -> list[Example]:
-    """Texts, mappings with `prompt` and `completion`, and examples, as examples.
+def examples_of(
+    rows: Iterable[str | Mapping[str, Any] | Example], separator: str = SEPARATOR, unanswered: bool = False
+) -> list[Example]:
+    """Texts, mappings with `prompt` and `completion`, and examples, as examples; `unanswered`: a `prompt` alone, too.
 
     Raises:
         ValueError: no rows, a row of another form, or one with nothing in it; the message says which.
     """
     if isinstance(rows, (str, Mapping)):
         raise ValueError(f"rows={rows!r:.60}: a list of texts is needed, not one.")
-    found = [_example(given, separator, f"row {number}") for number, given in enumerate(rows, start=1)]
+    found = [_example(given, separator, f"row {number}", unanswered) for number, given in enumerate(rows, start=1)]
     if not found:
         raise ValueError("no rows were given; at least one text is needed.")
     return found
@@ -125,7 +133,11 @@ def digest_of(rows: Iterable[Row]) -> str:
     return _hash(json.dumps([[row.prompt, list(map(int, row.ids))] for row in rows]), 64)
 
 
-def _example(given: Any, separator: str, place: str) -> Example:
+def _example(given: Any, separator: str, place: str, unanswered: bool) -> Example:
+    if unanswered and isinstance(given, Mapping) and "completion" not in given and given.get("prompt"):
+        given = Example(given["prompt"], "", separator=separator, place=place)
+        if not isinstance(given.prompt, (str, list)):
+            raise ValueError(f"{place}: 'prompt' is {given.prompt!r:.60}; expected text.")
     if isinstance(given, Example):
         return given
     if isinstance(given, str):
