@@ -25,10 +25,14 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def bench(
     plan: Annotated[
-        str | None, typer.Option(help="Measure a figure of the results page; `--list` shows the plans.")
+        str | None,
+        typer.Option(
+            help="Measure figures of the results page; `--list` shows the plans. What several begin with runs all."
+        ),
     ] = None,
     work: Annotated[
-        str | None, typer.Option(help="train, prefill, decode, or one layer: linear, linear-train, linear-token.")
+        str | None,
+        typer.Option(help="train, prefill, decode, serve, or one layer: linear, linear-train, linear-token."),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="tiny, small (12 × 576), medium (8 × 1024), 8b-layer (1 × 4096) or smollm2.")
@@ -90,8 +94,9 @@ def bench(
 
         console.print(str(write_page(page)), markup=False, highlight=False, soft_wrap=True)
         return
-    if plan is not None and plan not in PLANS:
-        raise ValueError(f"plan={plan!r}: choose one of {', '.join(PLANS)}.")
+    plans = [plan] if plan is None or plan in PLANS else [name for name in PLANS if name.startswith(f"{plan}-")]
+    if not plans:
+        raise ValueError(f"plan={plan!r}: choose one of {', '.join(PLANS)}, or what several begin with.")
     asked: dict[str, Any] = {
         "work": work,
         "shape": shape,
@@ -114,11 +119,11 @@ def bench(
         "fake": fake,
         "graphs": graphs,
     }
-    settings = replace(
-        PLANS[plan] if plan else Settings(), **{key: value for key, value in asked.items() if value is not None}
-    )
-    fitting = next((name for name in PLANS if is_plan(settings, name)), None)
-    _measure(replace(settings, plan=fitting), _list(against) or (), output, console)
+    given = {key: value for key, value in asked.items() if value is not None}
+    for name in plans:
+        settings = replace(PLANS[name] if name else Settings(), **given)
+        fitting = next((other for other in PLANS if is_plan(settings, other)), None)
+        _measure(replace(settings, plan=fitting), _list(against) or (), output, console)
 
 
 def _measure(settings: Any, against: tuple[str, ...], output: Path, console: Any) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MODEL_WORKS = ("train", "prefill", "decode")
+SERVE = "serve"
 LINEAR_WORKS = ("linear", "linear-train", "linear-token")
-WORKS = (*MODEL_WORKS, *LINEAR_WORKS)
-FORWARD_WORKS = tuple(work for work in WORKS if work != "decode")
+TIMED_ALONE = (*MODEL_WORKS, *LINEAR_WORKS)
+WORKS = (*TIMED_ALONE, SERVE)
+FORWARD_WORKS = tuple(work for work in TIMED_ALONE if work != "decode")
 DROPOUT = 0.1
 
 
@@ -17,13 +19,15 @@ class Kind:
 
     Attributes:
         title: for tables; `{r}`, `{R}` = r·E, `{E}` and `{k}` are filled in.
-        family: `base`, `peft`, `passes`, `xlora` or `ours`: how it is built.
+        family: `base`, `peft`, `passes`, `xlora`, `ours` or `engine`: how it is built.
         works: where it takes part.
         form: of the mixture, see `MoELoraConfig.mixing_form`.
         sparse: top-k weights instead of dense ones.
         granularity: of the routing.
         forced: one expert for all rows.
         by_row: each row forced to an expert, neighbours to different ones.
+        bare: no expert for any row.
+        http: through a server.
         fold: the fixed mixture is folded for the length of a generation.
         dropout: of the adapters.
         same_dtype: PEFT's adapter in the base's dtype (`autocast_adapter_dtype=False`) instead of float32.
@@ -32,12 +36,14 @@ class Kind:
 
     title: str
     family: str
-    works: tuple[str, ...] = WORKS
+    works: tuple[str, ...] = TIMED_ALONE
     form: str = "auto"
     sparse: bool = False
     granularity: str = "token"
     forced: bool = False
     by_row: bool = False
+    bare: bool = False
+    http: bool = False
     fold: bool = False
     dropout: float = 0.0
     same_dtype: bool = False
@@ -50,8 +56,8 @@ class Kind:
 
 
 KINDS = {
-    "base": Kind("bare base", "base"),
-    "base-again": Kind("bare base, again", "base"),
+    "base": Kind("bare base", "base", WORKS),
+    "base-again": Kind("bare base, again", "base", WORKS),
     "peft": Kind("PEFT, one adapter r={r}", "peft"),
     "peft-same-dtype": Kind("PEFT, one adapter r={r} in the base's dtype", "peft", same_dtype=True),
     "peft-wide": Kind("PEFT, one adapter r={R}", "peft", wide=True),
@@ -76,5 +82,12 @@ KINDS = {
         "ours, per sequence, top-{k}, folded", "ours", ("decode",), sparse=True, granularity="sequence", fold=True
     ),
     "forced": Kind("ours, one expert forced", "ours", ("decode",), forced=True),
+    "engine-base": Kind("engine, bare base", "engine", (SERVE,), bare=True),
+    "engine": Kind("engine, routed, top-{k}", "engine", (SERVE,), sparse=True),
+    "engine-prefix": Kind("engine, routed per prefix, top-{k}", "engine", (SERVE,), sparse=True, granularity="prefix"),
+    "engine-forced": Kind("engine, one expert", "engine", (SERVE,), forced=True),
+    "engine-each": Kind("engine, each request its own expert", "engine", (SERVE,), by_row=True),
+    "http-base": Kind("server, bare base", "engine", (SERVE,), bare=True, http=True),
+    "http": Kind("server, routed, top-{k}", "engine", (SERVE,), sparse=True, http=True),
     "forced-fold": Kind("ours, one expert forced, folded", "ours", ("decode",), forced=True, fold=True),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import counts, timing
-from .kinds import KINDS
+from .kinds import KINDS, SERVE
 from .machine import describe
 from .models import Models
 from .runners import runner_of, runners
@@ -40,13 +40,18 @@ def run(settings: Settings, progress: Progress = lambda _: None) -> dict[str, An
     Raises:
         ValueError: settings that do not fit each other or the base.
     """
+    if settings.work == SERVE and not settings.rounds:
+        raise ValueError("work='serve' is timed and has nothing to count: give it rounds.")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, _threads(settings.threads):
         models = Models(settings, Path(folder))
         made, missing = runners(settings, models)
         few = replace(settings, new_tokens=min(settings.new_tokens, COUNTED_TOKENS))
-        with models.running():
-            rows = count(few, models, made if few == settings else runners(few, models)[0], progress)
+        if settings.work == SERVE:
+            rows = [{"key": runner.key, "title": runner.title, "experts": runner.experts} for runner in made]
+        else:
+            with models.running():
+                rows = count(few, models, made if few == settings else runners(few, models)[0], progress)
         if settings.rounds:
             add_times(settings, made, rows, progress)
         machine = describe(settings.device)
@@ -133,7 +138,7 @@ def tokens_of(settings: Settings) -> int:
     """Tokens that one step processes; those that it generates when decoding."""
     if settings.work == "linear-token":
         return 1
-    return settings.batch * (settings.new_tokens if settings.work == "decode" else settings.length)
+    return settings.batch * (settings.new_tokens if settings.work in ("decode", SERVE) else settings.length)
 
 
 def _active_rank(settings: Settings, runner: Runner) -> int:

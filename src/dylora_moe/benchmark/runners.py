@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .kinds import KINDS, Kind
+from .kinds import KINDS, SERVE, Kind
 from .linear import linear_runner
 from .models import Models, Unavailable
+from .serve import serve_runner
 from .settings import Settings
 from .work import Runner, model_runner
 
@@ -39,4 +40,6 @@ def runners(settings: Settings, models: Models) -> tuple[list[Runner], dict[str,
 def runner_of(settings: Settings, models: Models, key: str, kind: Kind, experts: int | None) -> Runner:
     """One variant, of a layer or of a model as the work wants it."""
     build = linear_runner if settings.work.startswith("linear") else model_runner
+    if settings.work == SERVE:
+        build = serve_runner
     return build(settings, models, key, kind, experts)

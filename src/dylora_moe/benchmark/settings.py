@@ -45,12 +45,13 @@ class Settings:
     """One run: every variant below takes part in every round.
 
     Attributes:
-        work: `train`, `prefill`, `decode`, or one linear layer: `linear`, `linear-train`, `linear-token`.
+        work: `train`, `prefill`, `decode`, `serve` (requests answered together), or one linear layer: `linear`,
+            `linear-train`, `linear-token`.
         shape: a key of `SHAPES`, or `smollm2`.
         experts: the numbers of experts E, all in the same run.
         variants: keys of `KINDS`; None for all that the work has.
-        batch, length: B and S of the input; the prompt's when decoding.
-        new_tokens: generated per row when decoding.
+        batch, length: B and S of the input; requests, and the prompt's length, when decoding or serving.
+        new_tokens: generated per row when decoding or serving.
         rank: of one expert.
         top_k: experts per token of the sparse variants.
         layers: decoder layers, if not the shape's own.

@@ -62,6 +62,21 @@ PLANS = {
         "decode", "smollm2", (8,), ("base", "base-again", "peft", "xlora", "auto-top"),
         batch=1, length=64, new_tokens=16, rounds=3,
     ),
+    **{
+        f"serving-{clients}": Settings(
+            "serve", "smollm2", (8,),
+            ("base", "engine-base", "engine", "engine-prefix", "engine-forced", "engine-each", "http-base", "http"),
+            batch=clients, length=32, new_tokens=32, rank=8, rounds=7, warmup=1,
+        )
+        for clients in (1, 8, 32)
+    },
+    "serving-experts": Settings(
+        "serve", "smollm2", (32,), ("engine-base", "engine-forced", "engine-each"),
+        batch=32, length=32, new_tokens=32, rank=8, rounds=7, warmup=1,
+    ),
+    "serving-resident": Settings(
+        "serve", "smollm2", (8, 256), ("engine",), batch=32, length=32, new_tokens=32, rank=8, rounds=7, warmup=1
+    ),
     "gpu-prefill": Settings(
         "prefill", "8b-layer", (8,), ("base", "base-again", "peft", "peft-same-dtype", "loop", "auto", "auto-top"),
         batch=1, length=2048, layers=4, dtype="bfloat16", device="cuda", rounds=31,
@@ -127,6 +142,16 @@ TARGETS = (
     Target("generation, routed per token", "generation", "time", "auto-top/8", 1.25, "base"),
     Target("generation, per sequence, folded", "generation", "time", "sequence-fold/8", 1.05, "base"),
     Target("generation, one expert forced, folded", "generation", "time", "forced-fold/8", 1.05, "base"),
+    *(
+        Target(f"{who}, {clients} clients, routed", f"serving-{clients}", "time", of, 1 / share, against)
+        for clients, share in ((1, 0.80), (8, 0.80), (32, 0.90))
+        for who, of, against in (
+            ("engine", "engine/8", "engine-base/8"),
+            ("server", "http/8", "http-base/8"),
+        )
+    ),
+    Target("engine, 32 experts in one batch", "serving-experts", "time", "engine-each/32", 1.25, "engine-forced/32"),
+    Target("engine, 256 experts resident", "serving-resident", "time", "engine/256", 1.25, "engine/8"),
     Target("GPU, prefill", "gpu-prefill", "time", "auto/8", 1.12, "base"),
     Target("GPU, training step", "gpu-training", "time", "auto/8", 1.15, "base"),
     Target("GPU, peak memory of a training step", "gpu-training", "peak_bytes", "auto/8", 1.05, "peft-same-dtype"),

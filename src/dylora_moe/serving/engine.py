@@ -209,6 +209,11 @@ class Engine:
         """How many requests wait for a slot."""
         return len(self._waiting) + len(self._arrived)
 
+    @property
+    def unread(self) -> int:
+        """How many requests have not been read to the end of their prompt."""
+        return self.waiting + (self._reading is not None)
+
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Make the changes that are due, read a piece of a prompt, and write one token for every request that was read.
