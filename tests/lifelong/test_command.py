@@ -20,8 +20,9 @@ from dylora_moe.lifelong import command
 from dylora_moe.lifelong import learn as module
 from dylora_moe.lifelong import look as module_of_look
 from dylora_moe.skills.novelty import KNOWN, NEW, Novelty
+from dylora_moe.skills.reading import digest_of, read_rows
 from dylora_moe.training.trainer.trainer import MoETrainer
-from tinybase import save_tiny_base
+from tinybase import save_tiny_base, tiny_tokenizer
 from topics import NAMES, mixture, teach, texts
 
 OLD, SHORT = NAMES[:2], ("--steps", "2", "--batch-size", "2")
@@ -124,6 +125,73 @@ def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, mo
     result, said = run(folder, folder.parent / "code.jsonl", "--skills", "2", *SHORT)
     assert result.exit_code == 0, said
     assert load(folder).expert_names == [*OLD, "code_1", "code_2"]
+
+
+@pytest.fixture
+def two_skills(folder, monkeypatch) -> list[list[dict]]:
+    """The rows of two skills, which code.jsonl has in turn, and which are known as soon as one skill is learnt."""
+    monkeypatch.setattr(module_of_look, "split", lambda rows, count: torch.arange(len(rows)) % count)
+    parts = [[row for row in texts(NAMES.index(name), 15) if isinstance(row, dict)] for name in ("code", "math")]
+    write(folder.parent / "code.jsonl", [row for pair in zip(*parts, strict=True) for row in pair])
+
+    def novelty(self, rows, batch=False, **how):
+        found = [Novelty(KNOWN if "code_1" in self.skills else NEW, "code_1", 0.5, 0.0)] * len(rows)
+        return found[0] if batch else found
+
+    monkeypatch.setattr(DyLoraMoE, "novelty", novelty)
+    return parts
+
+
+def cut_off_after(count: int, folder, monkeypatch) -> None:
+    """End the command, as a kill would, once it has saved the mixture so often."""
+    original, saved = DyLoraMoE.save_pretrained, []
+
+    def last(self, directory, *args, **kwargs):
+        original(self, directory, *args, **kwargs)
+        saved.extend([directory] if directory == folder else [])
+        if len(saved) == count:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(DyLoraMoE, "save_pretrained", last)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "output"),
+    [(1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, False, marks=pytest.mark.slow)],
+)
+def test_cut_off_between_two_skills_the_same_command_goes_on(folder, monkeypatch, two_skills, learnt, output):
+    target = folder.parent / "grown" if output else folder
+    words = (folder, folder.parent / "code.jsonl", "--skills", "2", *SHORT, *(("--output", target) if output else ()))
+    with monkeypatch.context() as patched:
+        cut_off_after(learnt, target, patched)
+        assert run(*words)[0].exit_code == 137
+    names = ["code_1", "code_2"]
+    assert load(target).expert_names == [*OLD, *names[:learnt]]
+    before = contents(target)
+    result, said = run(*words, "--dry-run")
+    assert result.exit_code == 0, said
+    assert "would train 'code_2' on 10 rows." in said if learnt == 1 else "would train" not in said
+    assert contents(target) == before
+    result, said = run(*words)
+    assert result.exit_code == 0, said
+    assert f"Learnt before: {', '.join(names[:learnt])}, of code_1, code_2." in said
+    model = load(target)
+    assert model.expert_names == [*OLD, *names]
+    for name, rows in zip(names, two_skills, strict=True):
+        assert [each.sha256 for each in model.skills[name].taught] == [digest_of(read_rows(rows, tiny_tokenizer()))]
+    assert not (target / command.WORK).exists()
+
+
+@pytest.mark.slow
+def test_a_split_is_not_gone_on_with_for_another_file_or_number(folder, monkeypatch, two_skills):
+    file = folder.parent / "code.jsonl"
+    with monkeypatch.context() as patched:
+        cut_off_after(1, folder, patched)
+        run(folder, file, "--skills", "2", *SHORT)
+    assert "Nothing was learnt: nothing new" in run(folder, file, "--skills", "3", *SHORT)[1]
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    assert "Nothing was learnt: nothing new" in run(folder, file, "--skills", "2", *SHORT)[1]
+    assert load(folder).expert_names == [*OLD, "code_1"]
 
 
 @pytest.mark.parametrize(
