@@ -308,12 +308,18 @@ def _watch(session: Session, folder: Path, request: Request) -> None:
 
     done: set[str] = set()
     unread: set[str] = set()
+    found: dict[str, tuple[int, int]] = {}
     _say(f"Watching {folder}; stop with Ctrl-C.")
     while True:
+        before, found = found, {}
         for file in sorted(folder.iterdir()):
+            if not file.name.endswith(FILE_SUFFIXES):
+                continue
             try:
-                if not file.name.endswith(FILE_SUFFIXES) or time.time() - file.stat().st_mtime < SECONDS:
-                    continue  # one that was written to a moment ago may still grow
+                now = file.stat()
+                found[file.name] = (now.st_size, now.st_mtime_ns)
+                if found[file.name] != before.get(file.name):
+                    continue  # it may still be written to
                 source = digest(file)
             except OSError as error:  # gone, or not to be read
                 if file.name not in unread:
