@@ -64,11 +64,6 @@ def mixture(saved, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture(autouse=True)
 def _wide(monkeypatch) -> None:
     """Tables as wide as they are, whatever the terminal of whoever came first."""
     monkeypatch.setattr(keeping, "console", Console(width=160, emoji=False))
@@ -202,6 +197,17 @@ def test_nothing_is_written_over_a_mixture_or_an_expert_of_it(mixture):
     with pytest.raises(ValueError, match="is an expert's folder of the mixture"):
         run("freeze", mixture, "sql", "--output", mixture / "law")
     assert contents(mixture) == before
+
+
+def test_a_readme_of_somebody_elses_stays(mixture, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"other/README.md is in the way.* Move it, or choose another folder"):
+        run("freeze", mixture, "sql", "--output", other)
+    assert contents(other) == {"README.md": b"mine"}
+    run("export", mixture, "sql", other)
+    assert (other / "README.md").read_text() == "mine"
 
 
 def test_a_forgotten_expert_leaves_the_others_as_if_it_had_never_been_taught(mixture, base, tmp_path):

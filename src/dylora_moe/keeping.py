@@ -39,14 +39,14 @@ Separator = Annotated[
 @contextmanager
 def _changing(directory: Path, output: Path | None, base: str | None) -> Iterator[Session]:
     """A loaded mixture, which is saved after the block if nothing failed in it."""
-    from .checkpoint.mixture import check_free
+    from .checkpoint.mixture import check_room
     from .session import Session
     from .training.run.lock import FolderLock
 
     if output is None and not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; to change a mixture of the hub, write it to another --output.")
     if output is not None:
-        check_free(output)
+        check_room(output)
     target = output or directory
     with FolderLock(target).hold():
         session = Session(directory, base=base)

@@ -206,6 +206,7 @@ def test_a_split_is_not_gone_on_with_for_another_file_or_number(folder, monkeypa
         (("code.jsonl", "--skills", "5"), "of so many skills one would have"),
         (("code.jsonl", "--name", "tidy"), "in the way of the expert"),
         (("12.jsonl",), "Say how the expert is to be called with --name"),
+        (("code.jsonl", "--output", "notes"), "README.md is in the way"),
         (("code.jsonl", "--output", "mine/sql"), "is an expert's folder of the mixture"),
         (("chats.jsonl",), "row 1 is made of chat messages"),
         (("--watch", "nowhere"), "no such folder"),
@@ -216,6 +217,8 @@ def test_what_cannot_be_is_said(folder, monkeypatch, words, message):
     (folder.parent / "12.jsonl").write_text((folder.parent / "code.jsonl").read_text())
     write(folder.parent / "chats.jsonl", [{"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}])
     (folder / "tidy").mkdir()
+    (folder.parent / "notes").mkdir()
+    (folder.parent / "notes" / "README.md").write_text("mine")
     monkeypatch.chdir(folder.parent)
     before = contents(folder)
     result, _ = run("mine", *words)

@@ -100,7 +100,7 @@ def learn(
 
     Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
     """
-    from dylora_moe.checkpoint.mixture import check_free
+    from dylora_moe.checkpoint.mixture import check_room
 
     if (data is None) == (watch is None):
         raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
@@ -113,7 +113,7 @@ def learn(
         raise ValueError(f"{directory}: no such folder; a mixture of the hub learns into another --output.")
     begun = output is not None and data is not None and _is_begun(data, name, request)
     if output is not None and not begun:
-        check_free(output)
+        check_room(output)
     from dylora_moe.session import Session
     from dylora_moe.training.run.lock import FolderLock
 
