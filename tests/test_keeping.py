@@ -306,6 +306,25 @@ def test_an_adapter_for_another_base_changes_nothing(mixture, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words", [["rename", "law", "legal"], ["remove", "law"], ["merge", "sql", "law", "--rank", "2"], ["export", "law"]]
+)
+def test_a_base_of_other_weights_is_refused(mixture, base, tmp_path, words):
+    model = tiny_base(LAYERS)
+    model.save_pretrained(tmp_path / "moved")
+    tiny_tokenizer().save_pretrained(tmp_path / "moved")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    before, (command, *rest) = contents(mixture), words
+    rest += [tmp_path / "law"] if command == "export" else []
+    with pytest.raises(ValueError, match=r"--base .*other: its weights are not those of the base"):
+        run(command, mixture, *rest, "--base", tmp_path / "other")
+    assert contents(mixture) == before
+    assert not (tmp_path / "law").exists()
+    run(command, mixture, *rest, "--base", tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["merge", "DIR", "sql", "lax", "--rank", "2"], "unknown expert 'lax'; the experts are sql, law, math, chat"),

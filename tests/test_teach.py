@@ -357,6 +357,15 @@ def test_restoring_takes_the_skills_over(tmp_path):
     assert other.expert_states == model.expert_states
 
 
+def test_a_base_of_other_weights_is_warned_of(tmp_path, caplog):
+    saved(teach(mixture(("sql", "law"))), tmp_path / "mixture")
+    assert not caplog.records
+    other = tiny_base()
+    other.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    DyLoraMoE.from_pretrained(str(tmp_path / "mixture"), base=other)
+    assert "were taught with a base of other weights" in caplog.text
+
+
 def _drop(folder):
     (folder / "skills.json").unlink()
 

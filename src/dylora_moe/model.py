@@ -342,6 +342,11 @@ class DyLoraMoE(PeftModelForCausalLM):
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
         mixture.chat, mixture.folder = known.chat, folder
         mixture._take_over(state, trainable)
+        if mixture.skills.is_of_another(model):
+            logger.warning(
+                "%s: its skills were taught with a base of other weights; with this one texts are routed wrongly.",
+                folder,
+            )
         return mixture.eval()
 
     def _take_over(self, state: MixtureState, trainable: bool) -> None:

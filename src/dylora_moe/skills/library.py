@@ -287,6 +287,10 @@ class SkillLibrary(Mapping[str, Skill]):
                 "that their sums do not belong together; forget all skills and teach them anew."
             )
 
+    def is_of_another(self, base: Any) -> bool:
+        """Whether its texts were read with a base of other weights than those of `base`, as far as can be told."""
+        return self.reading is not None and self.reading.has_other_weights(base)
+
     def _check_known(self, name: str) -> None:
         if name not in self._skills:
             raise ValueError(f"unknown skill {name!r}; the skills are {', '.join(self._skills) or 'none'}.")
