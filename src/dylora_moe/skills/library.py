@@ -263,7 +263,7 @@ class SkillLibrary(Mapping[str, Skill]):
             if states.shape[1] != len(VIEWS):
                 raise ValueError(
                     f"{name}.{_VIEWS} has {states.shape[1]} views of each row; expected {len(VIEWS)} "
-                    f"({', '.join(VIEWS)}). It was made by another version: teach the skills anew."
+                    f"({', '.join(VIEWS)}). It was made by another version."
                 )
             if tokens < 1 or rows < 1 or not weight > 0 or bool((counts < 0).any()) or bool((counts.sum(-1) < 1).any()):
                 raise ValueError(f"skill {name!r} has {tokens} tokens of {rows} rows; expected at least one.")
