@@ -71,7 +71,7 @@ from .checkpoint.vocabulary import (
     rows_of,
     whole_embeddings,
 )
-from .config import MoELoraConfig, check_expert_name, check_mixable
+from .config import MoELoraConfig, check_expert_name, check_expert_names, check_mixable
 from .data.examples import Example
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
 from .experts.export import fixed_mixture, stock_config
@@ -245,6 +245,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         config = config or MoELoraConfig(target_modules="all-linear")
         _check_config(config)
+        check_expert_names(config.expert_names or [])
         for expert, own in _mapping("expert_configs", expert_configs or {}, "a LoraConfig").items():
             if not isinstance(own, LoraConfig):
                 raise TypeError(f"expert_configs[{expert!r}] must be a LoraConfig, not {own!r:.60}.")
@@ -283,6 +284,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             _check_config(config)
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
+        check_expert_names(list(adapters))
         model, name = load_base(base, base_kwargs)
         fresh = {e: source for e, source in adapters.items() if isinstance(source, LoraConfig)}
         loaded = {e: read_adapter(str(source), model, e) for e, source in adapters.items() if e not in fresh}
@@ -873,7 +875,8 @@ class DyLoraMoE(PeftModelForCausalLM):
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name; tensors, order and router stay."""
         self.experts.check_known(old)
-        check_expert_name(new, taken=self.expert_names, base=self.get_base_model())
+        taken = [name for name in self.expert_names if name != old or name == new]
+        check_expert_name(new, taken, self.get_base_model())
         self.experts.rename(old, new)
         self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
         self.hooks.rename(old, new)
