@@ -875,7 +875,8 @@ class DyLoraMoE(PeftModelForCausalLM):
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name; tensors, order and router stay."""
         self.experts.check_known(old)
-        taken = [name for name in self.expert_names if name != old or name == new]
+        other_letters = new != old and new.casefold() == old.casefold()
+        taken = [name for name in self.expert_names if not (other_letters and name == old)]
         check_expert_name(new, taken, self.get_base_model())
         self.experts.rename(old, new)
         self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
