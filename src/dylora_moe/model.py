@@ -39,6 +39,7 @@ from .callers import (
     REFERENCE,
     WHOLE,
     AdapterConfigs,
+    WholeLoraModel,
     check_trainer,
     ignored_at_inference,
     is_trainer_checkpoint,
@@ -189,6 +190,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
                 super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+            self.base_model.__class__ = WholeLoraModel
             self.moe_config, self.placement, self.router_layer_index = config, placement, first
             self.holder = Holder(resting=BARE)
             self.experts = ExpertSet(names, self.holder.layers)
