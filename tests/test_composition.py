@@ -142,6 +142,11 @@ def test_what_is_missing_is_named(tmp_path, parts):
         base_of(ingredients)
     with pytest.raises(ValueError, match=r"--base is .*nowhere, which cannot be loaded"):
         compose(tmp_path / "out", ingredients, read_texts(ingredients), base=str(tmp_path / "nowhere"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"README.md is in the way"):
+        compose(tmp_path / "out", ingredients, read_texts(ingredients), base=str(tmp_path / "base"))
+    (tmp_path / "out" / "README.md").unlink()
     assert run(tmp_path / "out", parts, "--base", str(tmp_path / "base")).exit_code == 0
     with pytest.raises(ValueError, match="holds a mixture already"):
         compose(tmp_path / "out", ingredients, read_texts(ingredients), base=str(tmp_path / "base"))

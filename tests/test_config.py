@@ -115,6 +115,15 @@ def test_doubled_expert_name():
         MoELoraConfig(expert_names=["sql", "math", "sql"])
 
 
+def test_names_that_differ_in_case_make_no_new_mixture():
+    names = ["sql", "math", "SQL"]
+    with pytest.raises(ValueError, match="'SQL': it differs from 'sql' in capitals only"):
+        DyLoraMoE.from_base(tiny_base(), MoELoraConfig(expert_names=names, target_modules=["q_proj"]))
+    adapters = {name: LoraConfig(target_modules=["q_proj"]) for name in names}
+    with pytest.raises(ValueError, match="'SQL': it differs from 'sql' in capitals only"):
+        DyLoraMoE.from_adapters(tiny_base(), adapters)
+
+
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [("llama", "mlp"), ("llama", "q_proj"), ("llama", "model"), ("gpt2", "c_attn"), ("gpt2", "h"), ("opt", "fc1")],

@@ -64,11 +64,6 @@ def mixture(saved, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture(autouse=True)
 def _wide(monkeypatch) -> None:
     """Tables as wide as they are, whatever the terminal of whoever came first."""
     monkeypatch.setattr(keeping, "console", Console(width=160, emoji=False))
@@ -204,6 +199,17 @@ def test_nothing_is_written_over_a_mixture_or_an_expert_of_it(mixture):
     assert contents(mixture) == before
 
 
+def test_a_readme_of_somebody_elses_stays(mixture, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"other/README.md is in the way.* Move it, or choose another folder"):
+        run("freeze", mixture, "sql", "--output", other)
+    assert contents(other) == {"README.md": b"mine"}
+    run("export", mixture, "sql", other)
+    assert (other / "README.md").read_text() == "mine"
+
+
 def test_a_forgotten_expert_leaves_the_others_as_if_it_had_never_been_taught(mixture, base, tmp_path):
     never = made(base, taught=OTHERS)
     never.forget("law")
@@ -297,6 +303,25 @@ def test_an_adapter_for_another_base_changes_nothing(mixture, tmp_path):
     with pytest.raises(ValueError, match="tensors that this LlamaForCausalLM does not have"):
         run("import", mixture, "tax", tmp_path / "odd")
     assert contents(mixture) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["rename", "law", "legal"], ["remove", "law"], ["merge", "sql", "law", "--rank", "2"], ["export", "law"]]
+)
+def test_a_base_of_other_weights_is_refused(mixture, base, tmp_path, words):
+    model = tiny_base(LAYERS)
+    model.save_pretrained(tmp_path / "moved")
+    tiny_tokenizer().save_pretrained(tmp_path / "moved")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    before, (command, *rest) = contents(mixture), words
+    rest += [tmp_path / "law"] if command == "export" else []
+    with pytest.raises(ValueError, match=r"--base .*other: its weights are not those of the base"):
+        run(command, mixture, *rest, "--base", tmp_path / "other")
+    assert contents(mixture) == before
+    assert not (tmp_path / "law").exists()
+    run(command, mixture, *rest, "--base", tmp_path / "moved")
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,10 @@ def test_pefts_methods_do_the_same_or_refuse():
     for refused in ({"adapter_name": "red"}, {"adapter_name": "default", "inference_mode": True}):
         with pytest.raises(ValueError, match="keeps all its experts active"):
             mixture.set_adapter(**refused)
+    for names in ("red", ["green", "blue"]):
+        with pytest.raises(ValueError, match=r"would freeze .*, and choose no expert"):
+            mixture.base_model.set_adapter(names)
+    assert all(part.tensor.requires_grad for name in mixture.expert_names for part in mixture.expert_tensors(name))
     with pytest.raises(TypeError, match="then base="):
         DyLoraMoE.from_pretrained(tiny_base(), "folder")  # pyright: ignore[reportArgumentType]  # PEFT's order
 

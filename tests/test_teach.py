@@ -357,6 +357,15 @@ def test_restoring_takes_the_skills_over(tmp_path):
     assert other.expert_states == model.expert_states
 
 
+def test_a_base_of_other_weights_is_warned_of(tmp_path, caplog):
+    saved(teach(mixture(("sql", "law"))), tmp_path / "mixture")
+    assert not caplog.records
+    other = tiny_base()
+    other.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    DyLoraMoE.from_pretrained(str(tmp_path / "mixture"), base=other)
+    assert "were taught with a base of other weights" in caplog.text
+
+
 def _drop(folder):
     (folder / "skills.json").unlink()
 
@@ -379,9 +388,35 @@ def _missing_tensor(folder):
     save_file(tensors, folder / "skills.safetensors")
 
 
+def _three_views(folder):
+    tensors = load_file(folder / "skills.safetensors")
+    tensors |= {key: tensor[:, :3].clone() for key, tensor in tensors.items() if key.endswith(".row_views")}
+    save_file(tensors, folder / "skills.safetensors")
+
+
+def test_a_library_of_an_older_version_is_given_up_and_taught_anew(tmp_path):
+    model = teach(mixture(("sql", "law")))
+    model.save_pretrained(tmp_path)
+    _three_views(tmp_path)
+    with pytest.raises(CheckpointError, match=r"skills.safetensors and skills.json: .* 3 views .* Without them the"):
+        DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base())
+    for file in ("skills.safetensors", "skills.json"):
+        (tmp_path / file).unlink()
+    file = tmp_path / "moe_config.json"
+    file.write_text(file.read_text().replace('"skills": true', '"skills": false'))
+    loaded = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base())
+    assert_equal(router_of(loaded), router_of(model))
+    assert loaded.expert_states == model.expert_states
+    for name in ("sql", "law"):
+        assert chosen(loaded, prompts(name)[0]) == chosen(model, prompts(name)[0])
+    teach(loaded)
+    assert_equal(router_of(loaded), router_of(model))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_three_views, r'law.row_views has 3 views .*set "skills" to false in moe_config.json'),
         (_drop, "skills.json is missing"),
         (_cut, "skills.safetensors is truncated or damaged"),
         (_other_skill, "skills tax are no experts"),

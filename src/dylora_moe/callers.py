@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from torch import Tensor
 
 WHOLE = "default"
@@ -49,6 +50,25 @@ class AdapterConfigs(dict[str, PeftConfig]):
         if name == WHOLE:
             return self.whole
         raise KeyError(name)
+
+
+class WholeLoraModel(LoraModel):
+    """PEFT's model inside a mixture, all of whose adapters stay active: one left out would stop training unasked."""
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, which calls it itself whenever the set of adapters changes.
+
+        Raises:
+            ValueError: an expert would be left out.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        left_out = [name for name in self.active_adapters if name in self.peft_config and name not in names]
+        if left_out:
+            raise ValueError(
+                f"base_model.set_adapter({adapter_name!r}) would freeze {', '.join(left_out)}, and choose no expert: a "
+                "mixture keeps all active. Force one with experts=..., freeze with freeze_expert."
+            )
+        super().set_adapter(adapter_name, inference_mode)
 
 
 def ignored_at_inference(config: Any, own: Sequence[str]) -> list[str]:

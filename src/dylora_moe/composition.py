@@ -13,7 +13,7 @@ from .base.loading import load_base, load_tokenizer
 from .checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_TENSORS
 from .checkpoint.card import public_name
 from .checkpoint.files import local_folder, read_json
-from .checkpoint.mixture import check_free
+from .checkpoint.mixture import check_room
 from .config import MoELoraConfig, check_expert_name
 from .data.examples import Example
 from .data.section import DataRecipe
@@ -139,7 +139,7 @@ def compose(
     """
     if not ingredients:
         raise ValueError("nothing to compose; give at least one --expert NAME=ADAPTER:TEXTS.")
-    check_free(directory)
+    check_room(directory)
     name = base or base_of(ingredients)
     try:
         model, saved_name = load_base(name, {})

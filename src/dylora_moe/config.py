@@ -144,8 +144,8 @@ class MoELoraConfig(LoraConfig):
                 f"num_experts={self.num_experts} but {len(names)} expert_names {names}: "
                 "leave one of the two out, or make them agree."
             )
-        for position, name in enumerate(names):
-            check_expert_name(name, taken=names[:position])
+        for position, name in enumerate(names):  # a checkpoint of an older version may have names that differ in case
+            check_expert_name(name, taken=[other for other in names[:position] if other == name])
         outputs = len(names) + bool(self.route_to_base)
         for key in ("top_k", "train_top_k"):
             value = getattr(self, key)
@@ -242,6 +242,12 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
         raise ValueError(f"expert name {name!r}: use a letter, then letters, digits, '_' or '-'.")
     if name in taken:
         raise ValueError(f"expert {name!r} exists already; the experts are {', '.join(taken)}.")
+    for other in taken:
+        if name.casefold() == other.casefold():
+            raise ValueError(
+                f"expert name {name!r}: it differs from {other!r} in capitals only, and many disks have one folder for "
+                "both; choose another."
+            )
     reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
     reserved = reserved or name in vars(nn.ModuleDict()) or name in vars(nn.ParameterDict())
     if not reserved and base is not None:
@@ -249,6 +255,12 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
         reserved = reserved or name in ("base_model", "router", "lora_A", "lora_B", "base_layer")
     if reserved:
         raise ValueError(f"expert name {name!r} is reserved (it names a part of the model); choose another.")
+
+
+def check_expert_names(names: list[str]) -> None:
+    """Raise `ValueError` if these cannot be the experts of a new mixture."""
+    for position, name in enumerate(names):
+        check_expert_name(name, taken=names[:position])
 
 
 def check_mixable(config: LoraConfig, name: str | None = None) -> None:

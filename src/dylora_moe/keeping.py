@@ -39,23 +39,35 @@ Separator = Annotated[
 @contextmanager
 def _changing(directory: Path, output: Path | None, base: str | None) -> Iterator[Session]:
     """A loaded mixture, which is saved after the block if nothing failed in it."""
-    from .checkpoint.mixture import check_free
-    from .session import Session
+    from .checkpoint.mixture import check_room
     from .training.run.lock import FolderLock
 
     if output is None and not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; to change a mixture of the hub, write it to another --output.")
     if output is not None:
-        check_free(output)
+        check_room(output)
     target = output or directory
     with FolderLock(target).hold():
-        session = Session(directory, base=base)
+        session = _session(directory, base)
         session.model.chat = session.chat  # older checkpoints say it in a recipe, which --output would lack
         yield session
         if output is not None:
             session.tokenizer.save_pretrained(output)
         session.model.save_pretrained(target)
     _say(f"Checkpoint: {target} ({', '.join(session.model.expert_names)})")
+
+
+def _session(directory: Path, base: str | None) -> Session:
+    """A loaded mixture, on the base that it was made for: what is written names it."""
+    from .session import Session
+
+    session = Session(directory, base=base)
+    if base is not None and session.model.skills.is_of_another(session.model.get_base_model()):
+        raise ValueError(
+            f"--base {base}: its weights are not those of the base that {directory} was taught its skills with, and "
+            "nothing was written. Say where that base is, or leave --base out if the checkpoint names it rightly."
+        )
+    return session
 
 
 def _say(text: str) -> None:
@@ -385,10 +397,9 @@ def export(
     Example: [bold]dylora-moe export runs/mine sql adapters/sql[/]
     """
     from .checkpoint.mixture import check_free
-    from .session import Session
 
     check_free(out)
-    Session(directory, base=base).model.export_expert(name, out)
+    _session(directory, base).model.export_expert(name, out)
     _say(f"Adapter: {out}")
 
 

@@ -39,6 +39,7 @@ from .callers import (
     REFERENCE,
     WHOLE,
     AdapterConfigs,
+    WholeLoraModel,
     check_trainer,
     ignored_at_inference,
     is_trainer_checkpoint,
@@ -71,7 +72,7 @@ from .checkpoint.vocabulary import (
     rows_of,
     whole_embeddings,
 )
-from .config import MoELoraConfig, check_expert_name, check_mixable
+from .config import MoELoraConfig, check_expert_name, check_expert_names, check_mixable
 from .data.examples import Example
 from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
 from .experts.export import fixed_mixture, stock_config
@@ -189,6 +190,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
             for name in names[1:]:
                 super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+            self.base_model.__class__ = WholeLoraModel
             self.moe_config, self.placement, self.router_layer_index = config, placement, first
             self.holder = Holder(resting=BARE)
             self.experts = ExpertSet(names, self.holder.layers)
@@ -245,6 +247,7 @@ class DyLoraMoE(PeftModelForCausalLM):
         """
         config = config or MoELoraConfig(target_modules="all-linear")
         _check_config(config)
+        check_expert_names(config.expert_names or [])
         for expert, own in _mapping("expert_configs", expert_configs or {}, "a LoraConfig").items():
             if not isinstance(own, LoraConfig):
                 raise TypeError(f"expert_configs[{expert!r}] must be a LoraConfig, not {own!r:.60}.")
@@ -283,6 +286,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             _check_config(config)
         if not adapters:
             raise ValueError("adapters={}: a mixture needs at least one expert.")
+        check_expert_names(list(adapters))
         model, name = load_base(base, base_kwargs)
         fresh = {e: source for e, source in adapters.items() if isinstance(source, LoraConfig)}
         loaded = {e: read_adapter(str(source), model, e) for e, source in adapters.items() if e not in fresh}
@@ -342,6 +346,11 @@ class DyLoraMoE(PeftModelForCausalLM):
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)
         mixture.chat, mixture.folder = known.chat, folder
         mixture._take_over(state, trainable)
+        if mixture.skills.is_of_another(model):
+            logger.warning(
+                "%s: its skills were taught with a base of other weights; with this one texts are routed wrongly.",
+                folder,
+            )
         return mixture.eval()
 
     def _take_over(self, state: MixtureState, trainable: bool) -> None:
@@ -903,7 +912,9 @@ class DyLoraMoE(PeftModelForCausalLM):
     def rename_expert(self, old: str, new: str) -> None:
         """Give an expert another name; tensors, order and router stay."""
         self.experts.check_known(old)
-        check_expert_name(new, taken=self.expert_names, base=self.get_base_model())
+        other_letters = new != old and new.casefold() == old.casefold()
+        taken = [name for name in self.expert_names if not (other_letters and name == old)]
+        check_expert_name(new, taken, self.get_base_model())
         self.experts.rename(old, new)
         self.base_model.peft_config = renamed(self.base_model.peft_config, old, new)
         self.hooks.rename(old, new)

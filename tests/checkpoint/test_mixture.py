@@ -317,3 +317,13 @@ def test_card_of_a_base_without_a_name(tmp_path):
     model.base_name = None
     model.save_pretrained(tmp_path)
     assert "base_model" not in (tmp_path / "README.md").read_text()
+
+
+def test_experts_of_an_older_version_may_differ_in_case_only(tmp_path):
+    tiny_mixture().save_pretrained(tmp_path)
+    (tmp_path / "green").rename(tmp_path / "RED")
+    file = tmp_path / "moe_config.json"
+    file.write_text(file.read_text().replace('"green"', '"RED"'))
+    model = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base())
+    assert model.expert_names == ["red", "RED", "blue"]
+    model.rename_expert("RED", "green")

@@ -96,6 +96,7 @@ def test_routing_starts_for_the_named_experts_only():
 
 BAD_SOURCES = {
     "taken": ("red", None, ValueError, "expert 'red' exists already"),
+    "taken in other letters": ("Red", None, ValueError, "differs from 'red' in capitals only"),
     "reserved": ("mlp", None, ValueError, "expert name 'mlp' is reserved"),
     "part of an adapted layer": ("lora_dropout", None, ValueError, "is reserved"),
     "no configuration": ("late", 3, TypeError, "LoraConfig or an adapter's folder"),
@@ -226,13 +227,22 @@ def test_renaming_changes_a_name_and_nothing_else(old, tmp_path):
     assert torch.equal(logits(loaded, tokens()), before[0])
 
 
-@pytest.mark.parametrize(("old", "new"), [("red", "green"), ("red", "mlp"), ("red", "base"), ("gray", "grey")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("red", "green"), ("red", "Green"), ("red", "mlp"), ("red", "base"), ("gray", "x")]
+)
 def test_refused_renaming(old, new):
     model = tiny_mixture()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"exists already|is reserved|unknown expert 'gray'"):
+    with pytest.raises(ValueError, match=r"exists already|capitals only|is reserved|unknown expert 'gray'"):
         model.rename_expert(old, new)
     assert_unchanged(model, before)
+
+
+def test_an_expert_may_be_renamed_to_its_own_name_in_capitals(tmp_path):
+    model = tiny_mixture()
+    model.rename_expert("red", "RED")
+    model.save_pretrained(tmp_path)
+    assert DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base()).expert_names == ["RED", "green", "blue"]
 
 
 def test_an_optimizer_goes_on_with_a_renamed_expert():

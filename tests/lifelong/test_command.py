@@ -20,8 +20,9 @@ from dylora_moe.lifelong import command
 from dylora_moe.lifelong import learn as module
 from dylora_moe.lifelong import look as module_of_look
 from dylora_moe.skills.novelty import KNOWN, NEW, Novelty
+from dylora_moe.skills.reading import digest_of, read_rows
 from dylora_moe.training.trainer.trainer import MoETrainer
-from tinybase import save_tiny_base
+from tinybase import save_tiny_base, tiny_tokenizer
 from topics import NAMES, mixture, teach, texts
 
 OLD, SHORT = NAMES[:2], ("--steps", "2", "--batch-size", "2")
@@ -126,6 +127,73 @@ def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, mo
     assert load(folder).expert_names == [*OLD, "code_1", "code_2"]
 
 
+@pytest.fixture
+def two_skills(folder, monkeypatch) -> list[list[dict]]:
+    """The rows of two skills, which code.jsonl has in turn, and which are known as soon as one skill is learnt."""
+    monkeypatch.setattr(module_of_look, "split", lambda rows, count: torch.arange(len(rows)) % count)
+    parts = [[row for row in texts(NAMES.index(name), 15) if isinstance(row, dict)] for name in ("code", "math")]
+    write(folder.parent / "code.jsonl", [row for pair in zip(*parts, strict=True) for row in pair])
+
+    def novelty(self, rows, batch=False, **how):
+        found = [Novelty(KNOWN if "code_1" in self.skills else NEW, "code_1", 0.5, 0.0)] * len(rows)
+        return found[0] if batch else found
+
+    monkeypatch.setattr(DyLoraMoE, "novelty", novelty)
+    return parts
+
+
+def cut_off_after(count: int, folder, monkeypatch) -> None:
+    """End the command, as a kill would, once it has saved the mixture so often."""
+    original, saved = DyLoraMoE.save_pretrained, []
+
+    def last(self, directory, *args, **kwargs):
+        original(self, directory, *args, **kwargs)
+        saved.extend([directory] if directory == folder else [])
+        if len(saved) == count:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(DyLoraMoE, "save_pretrained", last)
+
+
+@pytest.mark.parametrize(
+    ("learnt", "output"),
+    [(1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, False, marks=pytest.mark.slow)],
+)
+def test_cut_off_between_two_skills_the_same_command_goes_on(folder, monkeypatch, two_skills, learnt, output):
+    target = folder.parent / "grown" if output else folder
+    words = (folder, folder.parent / "code.jsonl", "--skills", "2", *SHORT, *(("--output", target) if output else ()))
+    with monkeypatch.context() as patched:
+        cut_off_after(learnt, target, patched)
+        assert run(*words)[0].exit_code == 137
+    names = ["code_1", "code_2"]
+    assert load(target).expert_names == [*OLD, *names[:learnt]]
+    before = contents(target)
+    result, said = run(*words, "--dry-run")
+    assert result.exit_code == 0, said
+    assert "would train 'code_2' on 10 rows." in said if learnt == 1 else "would train" not in said
+    assert contents(target) == before
+    result, said = run(*words)
+    assert result.exit_code == 0, said
+    assert f"Learnt before: {', '.join(names[:learnt])}, of code_1, code_2." in said
+    model = load(target)
+    assert model.expert_names == [*OLD, *names]
+    for name, rows in zip(names, two_skills, strict=True):
+        assert [each.sha256 for each in model.skills[name].taught] == [digest_of(read_rows(rows, tiny_tokenizer()))]
+    assert not (target / command.WORK).exists()
+
+
+@pytest.mark.slow
+def test_a_split_is_not_gone_on_with_for_another_file_or_number(folder, monkeypatch, two_skills):
+    file = folder.parent / "code.jsonl"
+    with monkeypatch.context() as patched:
+        cut_off_after(1, folder, patched)
+        run(folder, file, "--skills", "2", *SHORT)
+    assert "Nothing was learnt: nothing new" in run(folder, file, "--skills", "3", *SHORT)[1]
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    assert "Nothing was learnt: nothing new" in run(folder, file, "--skills", "2", *SHORT)[1]
+    assert load(folder).expert_names == [*OLD, "code_1"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -138,6 +206,7 @@ def test_several_skills_in_a_file_are_proposed_and_learnt_where_asked(folder, mo
         (("code.jsonl", "--skills", "5"), "of so many skills one would have"),
         (("code.jsonl", "--name", "tidy"), "in the way of the expert"),
         (("12.jsonl",), "Say how the expert is to be called with --name"),
+        (("code.jsonl", "--output", "notes"), "README.md is in the way"),
         (("code.jsonl", "--output", "mine/sql"), "is an expert's folder of the mixture"),
         (("chats.jsonl",), "row 1 is made of chat messages"),
         (("--watch", "nowhere"), "no such folder"),
@@ -148,6 +217,8 @@ def test_what_cannot_be_is_said(folder, monkeypatch, words, message):
     (folder.parent / "12.jsonl").write_text((folder.parent / "code.jsonl").read_text())
     write(folder.parent / "chats.jsonl", [{"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}])
     (folder / "tidy").mkdir()
+    (folder.parent / "notes").mkdir()
+    (folder.parent / "notes" / "README.md").write_text("mine")
     monkeypatch.chdir(folder.parent)
     before = contents(folder)
     result, _ = run("mine", *words)
@@ -248,15 +319,12 @@ def test_a_watched_folder_is_learnt_file_by_file(folder, monkeypatch):
     (inbox / "empty.jsonl").write_text("")
     (inbox / "folder.jsonl").mkdir()
     (inbox / "gone.jsonl").symlink_to("nowhere")
-    for file in inbox.iterdir():
-        os.utime(file, (1, 1), follow_symlinks=False)
 
     def rest(seconds):
         looks.append(seconds)
-        if len(looks) == 1:
+        if len(looks) == 2:
             write(inbox / "two.jsonl", texts(NAMES.index("chat"), 12))
-            os.utime(inbox / "two.jsonl", (1, 1))
-        if len(looks) == 3:
+        if len(looks) == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command.time, "sleep", rest)
@@ -270,6 +338,49 @@ def test_a_watched_folder_is_learnt_file_by_file(folder, monkeypatch):
     _, said = run(folder, "--watch", inbox, *SHORT)
     assert "one.jsonl was learnt before." in said
     assert load(folder).expert_names == [*OLD, "one", "two"]
+
+
+def test_a_watched_file_is_learnt_once_it_no_longer_grows(folder, monkeypatch):
+    inbox, looks, learnt = folder.parent / "inbox", [], []
+    inbox.mkdir()
+    file, whole = inbox / "code.jsonl", (folder.parent / "code.jsonl").read_text()
+
+    def rest(seconds):
+        looks.append(seconds)
+        if len(looks) <= 3:  # by a writer that is slow, or keeps an old time, or writes over what is there
+            file.write_text(whole[: 100 * len(looks)] if len(looks) < 3 else whole)
+            os.utime(file, (1, 1))
+        if len(looks) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", rest)
+    monkeypatch.setattr(command, "_learn_file", lambda session, file, *asked: learnt.append(file.read_text()))
+    run(folder, "--watch", inbox, *SHORT)
+    assert learnt == [whole]
+    assert set(looks) == {command.SECONDS}
+
+
+@pytest.mark.slow
+def test_a_watched_file_of_which_some_skills_were_learnt_is_gone_on_with(folder, monkeypatch, two_skills):
+    inbox, looks = folder.parent / "inbox", []
+    inbox.mkdir()
+    shutil.copy(folder.parent / "code.jsonl", inbox)
+
+    def rest(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", rest)
+    with monkeypatch.context() as patched:
+        cut_off_after(1, folder, patched)
+        run(folder, "--watch", inbox, "--skills", "2", *SHORT)
+    looks.clear()
+    _, said = run(folder, "--watch", inbox, "--skills", "2", *SHORT)
+    assert "Learnt before: code_1, of code_1, code_2." in said
+    looks.clear()
+    assert "code.jsonl was learnt before." in run(folder, "--watch", inbox, "--skills", "2", *SHORT)[1]
+    assert load(folder).expert_names == [*OLD, "code_1", "code_2"]
 
 
 def killed(at: str, folder) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from dylora_moe.lifelong import learn as module
 from dylora_moe.lifelong.learn import Training, learn, moved
 from dylora_moe.lifelong.look import look
 from dylora_moe.skills.novelty import KNOWN, NEW, RELATED, TOO_SHORT, Novelty
+from dylora_moe.training.trainer.interrupted import Interrupted
+from dylora_moe.training.trainer.trainer import MoETrainer
 from tinybase import tiny_base, tiny_tokenizer
 from topics import NAMES, mixture, teach, texts
 
@@ -154,6 +159,28 @@ def test_whatever_stops_it_leaves_the_mixture_as_it_was(model, monkeypatch, step
     assert model.skills is skills
     assert not model.training
     assert model.frozen_experts == set()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_ctrl_c_says_what_is_kept(model, monkeypatch, tmp_path, kept):
+    judge(monkeypatch, NEW)
+    original = MoETrainer.training_step
+
+    def step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoETrainer, "training_step", step)
+    before, folder = everything(model), tmp_path / "work"
+    with pytest.raises(Interrupted, match=r"^stopped by SIGINT; the mixture is as it was, and") as stopped:
+        learn(model, rows(), "code", tiny_tokenizer(), training=replace(SHORT, folder=folder if kept else None))
+    said = str(stopped.value)
+    assert stopped.value.exit_code == 130
+    assert same(before, everything(model))
+    if kept:
+        assert f"the same call goes on from the checkpoints in {next(folder.iterdir())}." in said
+    else:
+        assert "the training is lost. With Training(folder=...) the same call would go on" in said
 
 
 def test_torch_s_random_numbers_go_on_as_if_nothing_had_been(model, monkeypatch):

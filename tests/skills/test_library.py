@@ -236,7 +236,7 @@ def test_plain_data_comes_back(compact):
         (lambda t, d: t.update({"law.scatter": t["law.scatter"][1:]}), r"expected torch.float64 \[78\]"),
         (
             lambda t, d: t.update({"law.row_views": t["law.row_views"][:, :3].clone()}),
-            r"has 3 views of each row; expected 4 \(prompt, completion, token, early\).*teach the skills anew",
+            r"has 3 views of each row; expected 4 \(prompt, completion, token, early\).*another version",
         ),
         (lambda t, d: t["law.mean"].fill_(float("nan")), "law.mean holds values that are not finite"),
         (lambda t, d: t.update(pool=t["law.scatter"]), "1 tensors belong to no skill, first pool"),

@@ -88,3 +88,16 @@ def test_the_note_tells_what_differs():
         base.lm_head.weight[0, 0] += 1
     assert Reading.of(base, 1, tokenizer).base != known.base
     assert Reading.of(base.bfloat16(), 1, tokenizer).dtype == "bfloat16"
+
+
+def test_other_weights_are_known_where_the_dtype_is_the_same():
+    base = tiny_base()
+    known = Reading.of(base, 1, tiny_tokenizer())
+    assert not known.has_other_weights(mixture().get_base_model())
+    with torch.no_grad():
+        base.lm_head.weight[0, 0] += 1
+    assert known.has_other_weights(base)
+    assert not known.has_other_weights(tiny_base().bfloat16())
+    assert not known.has_other_weights(tiny_base().to("meta"))
+    base.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    assert not known.has_other_weights(base)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from .mixture import CARD_FILE, CONFIG_FILE, ROUTER_FILE, SKILL_FILES, VOCABULARY_FILE, saved_experts
+from .mixture import OWN_FILES, saved_experts
 
 OPTIONS = ("token", "private", "commit_message", "revision", "commit_description", "create_pr")
 """Arguments of `upload` that `save_pretrained` passes on."""
@@ -30,10 +30,7 @@ def upload(
         repo_id=repo_id,
         folder_path=directory,
         # the folder may also hold a trainer's states and logs
-        allow_patterns=[
-            *(CONFIG_FILE, ROUTER_FILE, VOCABULARY_FILE, CARD_FILE, *SKILL_FILES),
-            *(f"{name}/*" for name in saved_experts(directory)),
-        ],
+        allow_patterns=[*OWN_FILES, *(f"{name}/*" for name in saved_experts(directory))],
         commit_message=commit_message or "Upload mixture",
         revision=revision,
         **{key: value for key, value in further.items() if value is not None},

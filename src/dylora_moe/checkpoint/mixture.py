@@ -46,6 +46,8 @@ CONFIG_FILE = "moe_config.json"
 ROUTER_FILE = "router.safetensors"
 VOCABULARY_FILE = "vocabulary.safetensors"
 CARD_FILE = "README.md"
+OWN_FILES = (CONFIG_FILE, ROUTER_FILE, VOCABULARY_FILE, CARD_FILE, *SKILL_FILES)
+"""What is replaced or removed in a folder that a mixture is saved to, beside the folders of its experts."""
 LATER_FIELDS = {"policy": "top_k"}
 """Fields that came later; left out where they have this value, so that older versions read the file."""
 
@@ -102,15 +104,7 @@ def write_mixture(state: MixtureState, directory: Path, card: str, for_trainer: 
         for_trainer: beside it write an adapter file without tensors, by which transformers' Trainer, which looks into
             the folder only, knows that it holds adapters.
     """
-    owned = {
-        CONFIG_FILE,
-        ROUTER_FILE,
-        VOCABULARY_FILE,
-        CARD_FILE,
-        *SKILL_FILES,
-        *saved_experts(directory),
-        *((ADAPTER_TENSORS,) if for_trainer else ()),
-    }
+    owned = {*OWN_FILES, *saved_experts(directory), *((ADAPTER_TENSORS,) if for_trainer else ())}
     with replacing(directory, owned) as folder:
         if for_trainer:
             save_file({}, folder / ADAPTER_TENSORS, metadata={"format": "pt", "see": CONFIG_FILE})
@@ -235,6 +229,16 @@ def check_free(folder: Path) -> None:
     place = folder.resolve()
     if place.name in saved_experts(place.parent):
         raise ValueError(f"{folder} is an expert's folder of the mixture in {place.parent}; choose another folder.")
+
+
+def check_room(folder: Path) -> None:
+    """Raise `ValueError` as `check_free`, or if a mixture saved to `folder` would replace a file of somebody else's."""
+    check_free(folder)
+    for file in (folder / name for name in OWN_FILES):
+        if file.exists():
+            raise ValueError(
+                f"{file} is in the way: a mixture has a file of this name. Move it, or choose another folder."
+            )
 
 
 def _fields(description: Description) -> dict[str, Any]:

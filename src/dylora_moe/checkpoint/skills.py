@@ -45,7 +45,10 @@ def read_skills(folder: Path, experts: Sequence[str], width: int) -> SkillLibrar
     try:
         library = SkillLibrary.from_plain(tensors, description)
     except ValueError as error:
-        raise CheckpointError(f"{folder / TENSORS_FILE} and {DESCRIPTION_FILE}: {error}") from error
+        raise CheckpointError(
+            f"{folder / TENSORS_FILE} and {DESCRIPTION_FILE}: {error} Without them the mixture loads, and routes as it "
+            'did: delete both, set "skills" to false in moe_config.json, and teach all experts anew.'
+        ) from error
     if unknown := sorted(set(library) - set(experts)):
         raise CheckpointError(f"{file}: skills {', '.join(unknown)} are no experts; they are {', '.join(experts)}.")
     if library.reading is not None and library.reading.width != width:

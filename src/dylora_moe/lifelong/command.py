@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,13 +27,38 @@ if TYPE_CHECKING:
 
     from .learn import Learned, Training
     from .look import Look
+    from .plan import Plan
 
 WORK = ".learning"
-"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on. No expert can
-have this name."""
+"""Folder in the mixture's where a training keeps its checkpoints, so that one that was cut off goes on, and where a
+split is noted until all its skills are learnt. No expert can have this name."""
 SECONDS = 5.0
 """Between two looks at a watched folder."""
 console = Console(emoji=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, of every file.
+
+    Attributes:
+        target: where the mixture is saved.
+        false_alarm, everything, skills, dry_run: as of the command.
+        how: the experts are trained.
+    """
+
+    target: Path
+    false_alarm: float
+    everything: bool
+    skills: int | None
+    dry_run: bool
+    how: Mapping[str, Any]
+
+    def plan(self, source: str, name: str) -> Plan:
+        """The note of how the rows of a file with this hash are split into skills of this name."""
+        from .plan import Plan
+
+        return Plan(self.target / WORK, source, name, self.skills, self.false_alarm, self.how["max_length"])
 
 
 def learn(
@@ -73,47 +100,48 @@ def learn(
 
     Example: [bold]dylora-moe learn runs/mine contracts.jsonl --name law[/]
     """
-    from dylora_moe.checkpoint.mixture import check_free
+    from dylora_moe.checkpoint.mixture import check_room
 
     if (data is None) == (watch is None):
         raise ValueError("give a file with rows, or --watch FOLDER: one of the two.")
     if everything and (skills or 1) > 1:
         raise ValueError(f"--all with --skills {skills}: rows of known skills would be split, too; leave out one.")
-    if output is not None:
-        check_free(output)
-    elif not directory.is_dir():
+    how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    how |= {"max_length": max_length, "seed": seed, "rank": rank}
+    request = Request(output or directory, false_alarm, everything, skills, dry_run, how)
+    if output is None and not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; a mixture of the hub learns into another --output.")
+    begun = output is not None and data is not None and _is_begun(data, name, request)
+    if output is not None and not begun:
+        check_room(output)
     from dylora_moe.session import Session
     from dylora_moe.training.run.lock import FolderLock
 
-    with nullcontext() if dry_run else FolderLock(output or directory).hold():
-        session = Session(directory, base=base)
+    with nullcontext() if dry_run else FolderLock(request.target).hold():
+        session = Session(request.target if begun else directory, base=base)
         session.model.chat = session.chat  # older checkpoints say it in a recipe
-        how: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        how |= {"max_length": max_length, "seed": seed, "rank": rank}
-        asked = (false_alarm, everything, skills, dry_run, output or directory, how)
         if data is not None:
-            _learn_file(session, data, name, *asked)
+            _learn_file(session, data, name, request)
             return
         assert watch is not None
         if not watch.is_dir():
             raise ValueError(f"--watch {watch}: no such folder.")
         if name is not None:
             raise ValueError(f"--name {name} with --watch: every file is named by itself; leave it out.")
-        _watch(session, watch, *asked)
+        _watch(session, watch, request)
 
 
-def _learn_file(
-    session: Session,
-    file: Path,
-    name: str | None,
-    false_alarm: float,
-    everything: bool,
-    skills: int | None,
-    dry_run: bool,
-    target: Path,
-    how: dict[str, Any],
-) -> None:
+def _is_begun(file: Path, name: str | None, request: Request) -> bool:
+    """Whether some skills of a file were learnt, and are in the mixture that is saved, and others not."""
+    from dylora_moe.checkpoint.mixture import CONFIG_FILE
+    from dylora_moe.composition import digest
+
+    if not (file.is_file() and (request.target / CONFIG_FILE).exists()):
+        return False
+    return bool(request.plan(digest(file), name or _name_of(file)).read())
+
+
+def _learn_file(session: Session, file: Path, name: str | None, request: Request) -> None:
     """Look at one file; learn what is new in it, and save the mixture after each skill."""
     from dylora_moe.composition import digest, examples_in
     from dylora_moe.report.terminal import confusion_table
@@ -121,51 +149,92 @@ def _learn_file(
 
     from .learn import check_can_learn
     from .learn import learn as run
-    from .look import FEWEST_ROWS, look
+    from .look import look
 
-    mixture = session.model
+    mixture, target = session.model, request.target
     check_can_learn(mixture)
-    name = name or re.sub(r"\W+", "_", file.name.partition(".")[0], flags=re.ASCII).strip("_")
+    name = name or _name_of(file)
     _check_name(name, mixture, target)
     separator = mixture.skills.separator
     rows = examples_in(file, name, separator)
-    with console.status(f"Looking at {len(rows)} rows"):
-        seen = look(mixture, rows, session.tokenizer, separator, false_alarm, how["max_length"])
-    _show(seen)
-    if seen.reason and not everything:
-        _say(f"Nothing was learnt: {seen.reason}. --all learns every row, whatever it is.")
-        return
-    parts = [seen.examples] if everything else seen.parts(skills)
-    if skills is None and len(parts) > 1:
-        _propose(parts)
-        return
-    few = [len(part) for part in parts if len(part) < FEWEST_ROWS]
-    if few and not everything:
-        raise ValueError(
-            f"--skills {skills}: of so many skills one would have {few[-1]} of the {len(seen.new)} new rows; each "
-            f"needs {FEWEST_ROWS}. Ask for fewer."
-        )
-    names = [name] if len(parts) == 1 else [f"{name}_{number}" for number in range(1, len(parts) + 1)]
-    if dry_run:
-        trained = ", ".join(f"{one!r} on {len(part)} rows" for one, part in zip(names, parts, strict=True))
-        _say(f"Dry run: would train {trained}.")
-        return
-    for one in names:
-        _check_name(one, mixture, target)
     source = digest(file)
-    for one, part in zip(names, parts, strict=True):
-        started, training = time.perf_counter(), _training(mixture, target / WORK, how)
+    plan = request.plan(source, name)
+    with console.status(f"Looking at {len(rows)} rows"):
+        seen = look(mixture, rows, session.tokenizer, separator, request.false_alarm, request.how["max_length"])
+    _show(seen)
+    noted = plan.read()
+    learnt = [one for one in noted if one in mixture.skills and mixture.skills[one].is_from(source)]
+    if learnt:
+        _say(f"Learnt before: {', '.join(learnt)}, of {', '.join(noted)}.")
+        parts = {one: [seen.examples[n] for n in numbers] for one, numbers in noted.items() if one not in learnt}
+    else:
+        parts = _parts(seen, name, request)
+    if request.dry_run and parts:
+        trained = ", ".join(f"{one!r} on {len(part)} rows" for one, part in parts.items())
+        _say(f"Dry run: would train {trained}.")
+    if request.dry_run:
+        return
+    for one in parts:
+        _check_name(one, mixture, target)
+    if len(parts) > 1 and not learnt:
+        numbers = {id(row): number for number, row in enumerate(seen.examples)}
+        plan.write({one: [numbers[id(row)] for row in part] for one, part in parts.items()})
+    for one, part in parts.items():
+        started, how = time.perf_counter(), _training(mixture, target / WORK, request.how)
         try:
-            learned = run(mixture, part, one, session.tokenizer, separator, false_alarm, True, source, training)
+            learned = run(mixture, part, one, session.tokenizer, separator, request.false_alarm, True, source, how)
         except Interrupted as stopped:
-            _say(f"Stopped; {target} is as it was, and the same command goes on with the training.")
+            _say(f"Stopped; {target} lacks {one!r}, and the same command goes on with the training.")
             raise typer.Exit(stopped.exit_code) from stopped
+        if mixture.folder != target:
+            session.tokenizer.save_pretrained(target)
         mixture.save_pretrained(target)
-        session.tokenizer.save_pretrained(target)
-        shutil.rmtree(target / WORK, ignore_errors=True)
+        _drop_trainings(target)
         taught = [each for each in mixture.expert_names if each in mixture.skills]
         console.print(confusion_table(mixture.skills.confusion(), taught))
         _report(learned, target, time.perf_counter() - started)
+    if learnt or parts:
+        _drop_trainings(target)
+        plan.file.unlink(missing_ok=True)
+        with suppress(OSError):  # the plan of another file lies there
+            (target / WORK).rmdir()
+
+
+def _drop_trainings(target: Path) -> None:
+    """Remove the checkpoints of trainings: what they go on from is no more."""
+    for training in (target / WORK).glob("*/"):
+        shutil.rmtree(training, ignore_errors=True)
+
+
+def _name_of(file: Path) -> str:
+    """What the skill of a file is called."""
+    return re.sub(r"\W+", "_", file.name.partition(".")[0], flags=re.ASCII).strip("_")
+
+
+def _parts(seen: Look, name: str, request: Request) -> dict[str, Sequence[Example]]:
+    """What is to be learnt: skill → rows. Says why if it is nothing.
+
+    Raises:
+        ValueError: one of so many skills would have too few rows.
+    """
+    from .look import FEWEST_ROWS
+
+    if seen.reason and not request.everything:
+        _say(f"Nothing was learnt: {seen.reason}. --all learns every row, whatever it is.")
+        return {}
+    parts = [seen.examples] if request.everything else seen.parts(request.skills)
+    if request.skills is None and len(parts) > 1:
+        _propose(parts)
+        return {}
+    few = [len(part) for part in parts if len(part) < FEWEST_ROWS]
+    if few and not request.everything:
+        raise ValueError(
+            f"--skills {request.skills}: of so many skills one would have {few[-1]} of the {len(seen.new)} new rows; "
+            f"each needs {FEWEST_ROWS}. Ask for fewer."
+        )
+    if len(parts) == 1:
+        return {name: parts[0]}
+    return {f"{name}_{number}": part for number, part in enumerate(parts, start=1)}
 
 
 def _check_name(name: str, mixture: DyLoraMoE, target: Path) -> None:
@@ -193,7 +262,7 @@ def _propose(parts: Sequence[tuple[Example, ...]]) -> None:
     _say(f"Nothing was learnt. --skills {len(parts)} learns them so, --skills 1 all as one.")
 
 
-def _training(mixture: Any, work: Path, how: dict[str, Any]) -> Training:
+def _training(mixture: Any, work: Path, how: Mapping[str, Any]) -> Training:
     from .learn import Training
 
     rank, rest = how["rank"], {key: value for key, value in how.items() if key != "rank"}
@@ -232,19 +301,25 @@ def _report(learned: Learned, target: Path, seconds: float) -> None:
         )
 
 
-def _watch(session: Session, folder: Path, *asked: Any) -> None:
+def _watch(session: Session, folder: Path, request: Request) -> None:
     """Learn the files of a folder as they come, until interrupted."""
     from dylora_moe.composition import digest
     from dylora_moe.data.section import FILE_SUFFIXES
 
     done: set[str] = set()
     unread: set[str] = set()
+    found: dict[str, tuple[int, int]] = {}
     _say(f"Watching {folder}; stop with Ctrl-C.")
     while True:
+        before, found = found, {}
         for file in sorted(folder.iterdir()):
+            if not file.name.endswith(FILE_SUFFIXES):
+                continue
             try:
-                if not file.name.endswith(FILE_SUFFIXES) or time.time() - file.stat().st_mtime < SECONDS:
-                    continue  # one that was written to a moment ago may still grow
+                now = file.stat()
+                found[file.name] = (now.st_size, now.st_mtime_ns)
+                if found[file.name] != before.get(file.name):
+                    continue  # it may still be written to
                 source = digest(file)
             except OSError as error:  # gone, or not to be read
                 if file.name not in unread:
@@ -254,11 +329,12 @@ def _watch(session: Session, folder: Path, *asked: Any) -> None:
             if source in done:
                 continue
             done.add(source)
-            if source in {one.source for skill in session.model.skills.values() for one in skill.taught}:
+            learnt = any(skill.is_from(source) for skill in session.model.skills.values())
+            if learnt and not request.plan(source, _name_of(file)).read():
                 _say(f"{file.name} was learnt before.")
                 continue
             try:
-                _learn_file(session, file, None, *asked)
+                _learn_file(session, file, None, request)
             except (ValueError, FloatingPointError) as error:  # one file that cannot be used does not end the watch
                 _say(f"{file.name}: {error}")
         time.sleep(SECONDS)

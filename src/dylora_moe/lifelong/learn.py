@@ -30,6 +30,7 @@ from dylora_moe.training.run.arguments import DEFAULT_ARGUMENTS, keep_intervals
 from dylora_moe.training.run.stages import set_trainable, thaw
 from dylora_moe.training.trainer.callbacks import ProgressBar
 from dylora_moe.training.trainer.checkpoints import last_complete
+from dylora_moe.training.trainer.interrupted import Interrupted
 from dylora_moe.training.trainer.trainer import MoETrainer
 
 from .look import Look, look
@@ -123,6 +124,7 @@ def learn(
     Raises:
         ValueError: a name that is taken or reserved, unusable rows, or a router that is trained. The mixture is left as
             it was, as it is by whatever stops the training.
+        Interrupted: Ctrl-C (SIGINT) or SIGTERM.
     """
     training, names = training or Training(), mixture.expert_names
     check_can_learn(mixture)
@@ -204,6 +206,11 @@ def _train(mixture: DyLoraMoE, name: str, examples: list[Example], tokenizer: An
             if checkpoint is not None:
                 keep_intervals(cast(SFTConfig, trainer.args), checkpoint)
             trainer.train(resume_from_checkpoint=checkpoint is not None)
+        except Interrupted as stopped:
+            remedy = f"the same call goes on from the checkpoints in {own}."
+            if own is None:
+                remedy = "the training is lost. With Training(folder=...) the same call would go on with it."
+            raise Interrupted(stopped.number, f"the mixture is as it was, and {remedy}") from stopped
         finally:
             thaw(mixture, frozen)
             mixture.train(was_training)

@@ -263,7 +263,7 @@ class SkillLibrary(Mapping[str, Skill]):
             if states.shape[1] != len(VIEWS):
                 raise ValueError(
                     f"{name}.{_VIEWS} has {states.shape[1]} views of each row; expected {len(VIEWS)} "
-                    f"({', '.join(VIEWS)}). It was made by another version: teach the skills anew."
+                    f"({', '.join(VIEWS)}). It was made by another version."
                 )
             if tokens < 1 or rows < 1 or not weight > 0 or bool((counts < 0).any()) or bool((counts.sum(-1) < 1).any()):
                 raise ValueError(f"skill {name!r} has {tokens} tokens of {rows} rows; expected at least one.")
@@ -286,6 +286,10 @@ class SkillLibrary(Mapping[str, Skill]):
                 f"the library's texts and {what} in another way ({'; '.join(self.reading.differences(other))}), so "
                 "that their sums do not belong together; forget all skills and teach them anew."
             )
+
+    def is_of_another(self, base: Any) -> bool:
+        """Whether its texts were read with a base of other weights than those of `base`, as far as can be told."""
+        return self.reading is not None and self.reading.has_other_weights(base)
 
     def _check_known(self, name: str) -> None:
         if name not in self._skills:

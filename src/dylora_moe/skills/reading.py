@@ -49,15 +49,9 @@ class Reading:
         cls, base: Any, layer: int, tokenizer: PreTrainedTokenizerBase, separator: str = SEPARATOR, chat: bool = False
     ) -> Reading:
         """The note for a base, with or without experts, the router's layer, and how texts are formatted."""
-        weights = [(n.replace(".base_layer.", "."), p) for n, p in base.named_parameters() if ".lora_" not in n]
-        digest = hashlib.sha256()
-        for name, parameter in sorted(weights):
-            sample = parameter.detach().flatten()[:_SAMPLE].contiguous().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
-        embeddings: nn.Module = base.get_input_embeddings()
         return cls(
-            base=digest.hexdigest()[:16],
-            dtype=str(next(embeddings.parameters()).dtype).removeprefix("torch."),
+            base=_hash_of_weights(base),
+            dtype=_dtype(base),
             quantization=_quantization(base.config),
             layer=layer,
             width=base.config.get_text_config().hidden_size,
@@ -66,10 +60,32 @@ class Reading:
             chat_template=_hash(str(tokenizer.chat_template)) if chat else "",
         )
 
+    def has_other_weights(self, base: Any) -> bool:
+        """Whether a base surely has other weights; in another dtype or quantization the same ones look different.
+
+        One without values (on the device `meta`) surely has no others.
+        """
+        same_kind = (self.dtype, self.quantization) == (_dtype(base), _quantization(base.config))
+        return same_kind and base.device.type != "meta" and self.base != _hash_of_weights(base)
+
     def differences(self, other: Reading) -> list[str]:
         """What differs, for messages."""
         ours, theirs = asdict(self), asdict(other)
         return [f"{key.replace('_', ' ')} {ours[key]!r}, {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+
+
+def _hash_of_weights(base: Any) -> str:
+    weights = [(n.replace(".base_layer.", "."), p) for n, p in base.named_parameters() if ".lora_" not in n]
+    digest = hashlib.sha256()
+    for name, parameter in sorted(weights):
+        sample = parameter.detach().flatten()[:_SAMPLE].contiguous().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _dtype(base: Any) -> str:
+    embeddings: nn.Module = base.get_input_embeddings()
+    return str(next(embeddings.parameters()).dtype).removeprefix("torch.")
 
 
 def read_rows(

@@ -161,6 +161,10 @@ class Skill:
         """Whether its scatter went into the pool."""
         return self.sums.scatter is None
 
+    def is_from(self, source: str) -> bool:
+        """Whether rows of this source were taught to it."""
+        return any(teaching.source == source for teaching in self.taught)
+
     def compacted(self, keep: int) -> Skill:
         """The skill without its scatter and with fewer rows."""
         sums = Sums(self.sums.weight, self.sums.mean, None)

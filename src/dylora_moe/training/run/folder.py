@@ -23,7 +23,7 @@ from typing import Any
 
 from dylora_moe.checkpoint.adapters import read_adapter
 from dylora_moe.checkpoint.files import CheckpointError, read_json, write_file
-from dylora_moe.checkpoint.mixture import CARD_FILE, CONFIG_FILE, ROUTER_FILE, VOCABULARY_FILE
+from dylora_moe.checkpoint.mixture import OWN_FILES
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.schema import RecipeError, parse_yaml
 from dylora_moe.training.recipe.methods import Stage
@@ -201,7 +201,7 @@ def finish(folder: Path, stage: Stage, history: list[dict[str, Any]]) -> None:
         for entry in (folder / TRAINED).iterdir():
             if entry.is_dir() and entry.name not in stage.experts:
                 shutil.rmtree(entry)
-            elif entry.name in (CONFIG_FILE, ROUTER_FILE, VOCABULARY_FILE, CARD_FILE):
+            elif entry.name in OWN_FILES:
                 entry.unlink()
     write_file(folder / HISTORY_FILE, json.dumps(history, indent=1) + "\n")
     mark_complete(folder)

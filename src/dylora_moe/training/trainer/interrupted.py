@@ -8,13 +8,15 @@ import signal
 class Interrupted(Exception):
     """A signal ended the training after its current step, and a checkpoint was saved.
 
+    Args:
+        number: of the signal.
+        remedy: how to go on.
+
     Attributes:
+        number: of the signal.
         exit_code: 128 + the signal's number, as shells report it.
     """
 
-    def __init__(self, number: int, output: str):
-        self.exit_code = 128 + number
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; continue with --resume, or in Python with "
-            f"train(resume_from_checkpoint=True) (checkpoints in {output})."
-        )
+    def __init__(self, number: int, remedy: str):
+        self.number, self.exit_code = number, 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}; {remedy}")

@@ -171,7 +171,11 @@ class MoETrainer(SFTTrainer):
                 unwrap_head(self.mixture)
                 unwrap_autocast(self.mixture)
         if stop.received is not None:
-            raise Interrupted(stop.received, str(self.args.output_dir))
+            raise Interrupted(
+                stop.received,
+                "continue with --resume, or in Python with train(resume_from_checkpoint=True) (checkpoints in "
+                f"{self.args.output_dir}).",
+            )
         if self.state.global_step == 0:
             raise ValueError("no optimizer step was made: the training data gave no batch.")
         return result
