@@ -189,10 +189,11 @@ def test_the_next_commands_can_be_pasted(recipe, tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text("\n".join([json.dumps(row)] * 8))
     path = recipe(experts={"one": {"data": {"train": "d.jsonl"}}}, output="my run")
     shown = runner.invoke(app, ["train", "--no-report", path], catch_exceptions=False).stdout
-    first, second = shown[shown.index("Next:") :].splitlines()[1:3]
+    first, second, third = shown[shown.index("Next:") :].splitlines()[1:4]
     words = ["dylora-moe", "generate", "--show-routing", "--", "my run", "-x [it's] $HOME"]
     assert shlex.split(first) == words
     assert shlex.split(second) == ["dylora-moe", "inspect", "my run"]
+    assert shlex.split(third) == ["dylora-moe", "serve", "my run"]
     done = runner.invoke(app, [*words[1:3], "--max-new-tokens", "1", *words[3:]], catch_exceptions=False)
     assert done.exit_code == 0
     assert json.loads((tmp_path / "my run" / "moe_config.json").read_text())["chat"] is False

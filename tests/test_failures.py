@@ -30,7 +30,8 @@ def test_every_module_is_in_the_extra_that_brings_it():
     for extra, modules in EXTRAS.items():
         packages = {re.split(r"[<>=;\[ ]", requirement)[0].lower() for requirement in declared[extra]}
         for module in modules:
-            known = {name.lower() for name in packages_distributions().get(module, [module.replace("_", "-")])}
+            names = packages_distributions().get(module, [module])
+            known = {name.lower().replace("_", "-") for name in names}
             assert known & packages, module
 
 

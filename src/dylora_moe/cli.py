@@ -204,8 +204,8 @@ def compose(
     console.print(f"Checkpoint: [bold]{output}[/] ({passes}; {time.perf_counter() - started:.0f} s)", highlight=False)
     console.print("Next:", highlight=False)
     prompt = texts[ingredients[0].name][0].question
-    words = _command("generate", "--show-routing", "--", str(output), prompt)
-    console.print(f"  {words}", markup=False, highlight=False, soft_wrap=True)
+    for words in (["generate", "--show-routing", "--", str(output), prompt], ["serve", str(output)]):
+        console.print(f"  {_command(*words)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
