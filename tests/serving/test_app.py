@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
 import socket
@@ -13,8 +15,12 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from dylora_moe.serving.app import create_app
+from dylora_moe.serving.engine import Engine
 from dylora_moe.serving.guard import Limits
 from dylora_moe.serving.request import Request
+from dylora_moe.serving.service import Service
+from dylora_moe.session import Session
 from serving.live import NAME, Live, live_server, tiny_checkpoint
 from topics import NAMES, texts
 
@@ -276,6 +282,30 @@ def test_a_client_that_goes_away_frees_its_slot(live: Live, stream: bool):
         assert worker.cancelled == before + 1
     finally:
         engine.eos = ends
+
+
+def test_a_client_that_is_gone_before_the_first_byte(tmp_path):
+    session = Session(tiny_checkpoint(tmp_path, taught=True))
+    service = Service(session, NAME, Engine(session.model, session.tokenizer, slots=2, slot_length=100))
+    served = create_app(service)
+    body = [json.dumps({**ASKED, "stream": True}).encode()]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body.pop()} if body else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise OSError("the connection is closed")
+
+    async def ask() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+        scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}}
+        async with served.router.lifespan_context(served):
+            with contextlib.suppress(OSError):
+                await served(scope, receive, send)
+            assert service.worker.open_answers == 0
+            assert service.worker.cancelled == 1
+
+    asyncio.run(ask())
 
 
 def test_the_key(tmp_path):

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from dylora_moe.version import __version__
 
@@ -196,7 +197,7 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
                 answers.close()
 
         if asked.stream:
-            return EventSourceResponse(_chunks(events(), form, len(requests), lambda: written), sep=SEPARATOR)
+            return _Stream(_chunks(events(), form, len(requests), lambda: written), answers)
 
         async def collect() -> None:
             async for index, event in events():
@@ -216,6 +217,20 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
                 each.cancel()
             answers.close()
         return Response(form.whole(grown, written), media_type="application/json")
+
+
+class _Stream(EventSourceResponse):
+    """Server-sent events whose answers are given up however the response ends, even before its first byte."""
+
+    def __init__(self, chunks: AsyncIterator[ServerSentEvent], answers: Answers):
+        super().__init__(chunks, sep=SEPARATOR)
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
 
 
 async def _gone(http: Request) -> None:
