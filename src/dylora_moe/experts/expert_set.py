@@ -49,7 +49,8 @@ class ExpertSet:
     @property
     def masked(self) -> tuple[int, ...]:
         """Columns of the experts that are not routed yet."""
-        return tuple(i for i, state in enumerate(self.states.values()) if state == NEW)
+        states = list(self.states.values())  # at once: an engine is asked while another thread changes them
+        return tuple(i for i, state in enumerate(states) if state == NEW)
 
     @property
     def disabled(self) -> bool:

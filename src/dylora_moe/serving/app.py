@@ -128,7 +128,7 @@ def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics:
     async def experts() -> dict[str, Any]:
         """What the mixture is, and what each expert has written."""
         state = {"changes": False, "learning": None} if changes is None else changes.state()
-        return service.description() | state
+        return await service.description() | state
 
     @app.post("/v1/novelty", responses={status: ERRORS[status] for status in (400, 401, 413, 503)})
     async def novelty(asked: NoveltyAsked) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def add_routes(app: FastAPI, changes: Changes, metrics: Metrics, errors: dict[in
             outcome = "done"
         finally:
             metrics.changes.labels(kind, outcome).inc()
-        return changes.service.description() | changes.state()
+        return await changes.service.description() | changes.state()
 
     @app.post("/v1/experts", responses=errors)
     async def add(asked: ExpertAsked) -> dict[str, Any]:

@@ -95,8 +95,15 @@ class Service:
             raise ApiError(404, f"no model {model[:200]!r}; there are {names}.", "model", "model_not_found")
         return models[model]
 
-    def description(self) -> dict[str, Any]:
-        """The mixture and its experts, as `GET /v1/experts` tells them."""
+    async def description(self) -> dict[str, Any]:
+        """The mixture and its experts, as `GET /v1/experts` tells them; between two steps."""
+        return await asyncio.to_thread(self._description)
+
+    def _description(self) -> dict[str, Any]:
+        with self.model.holder.lock.turn():
+            return self._describe()
+
+    def _describe(self) -> dict[str, Any]:
         model, config = self.model, self.model.moe_config
         experts = []
         for name in model.expert_names:
