@@ -76,7 +76,7 @@ def canned_app(canned: Canned) -> FastAPI:
     @app.post("/v1/novelty", response_model=None)
     async def novelty() -> Response | dict[str, Any]:
         if canned.new is None:
-            return refused(503, "novelty is getting ready.", "preparing", {"Retry-After": "1"})
+            return refused(503, "novelty is getting ready.", "preparing", {"Retry-After": "0.1"})
         return {"object": "list", "data": [canned.new]}
 
     @app.post("/v1/chat/completions", response_model=None)

@@ -11,13 +11,12 @@ export class Answer {
   /** @type {import("./text.js").Token[]} */
   #waiting = [];
   #frame = 0;
-  /** @type {{expert: string, element: HTMLElement, letters: number, label: HTMLElement | null}} */
+  /** @type {{expert: string, element: HTMLElement, letters: number, labelled: boolean}} */
   #run = null;
   /** @type {HTMLElement[]} */
   #spans = [];
   /** @type {WeakMap<Element, {index: number, piece: import("./text.js").Piece}>} */
   #known = new WeakMap();
-  #started = performance.now();
   #first = 0;
 
   /**
@@ -71,7 +70,7 @@ export class Answer {
     const seconds = (performance.now() - this.#first) / 1000;
     this.#paint();
     this.growing(() => this.#append([this.#pieces.rest()]));
-    const rate = this.tokens > 1 && seconds > 0 ? `${((this.tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+    const rate = this.tokens > 1 && seconds ? `${Number(((this.tokens - 1) / seconds).toPrecision(2))} tokens/s` : "";
     const count = `${this.tokens} token${this.tokens === 1 ? "" : "s"}`;
     this.state.textContent = [count, rate, REASONS[reason] ?? reason].filter(Boolean).join(" · ");
     this.element.removeAttribute("aria-busy");
@@ -113,7 +112,7 @@ export class Answer {
 
   #show(/** @type {import("./text.js").Piece} */ piece) {
     if (this.#run?.expert !== piece.expert) {
-      this.#run = { expert: piece.expert, element: make("span", "run"), letters: 0, label: null };
+      this.#run = { expert: piece.expert, element: make("span", "run"), letters: 0, labelled: false };
       this.body.append(this.#run.element);
     }
     const run = this.#run;
@@ -124,11 +123,7 @@ export class Answer {
     this.#spans.push(span);
     run.element.append(span);
     run.letters += piece.text.length;
-    if (!run.label && run.letters > 0.7 * piece.expert.length + 1) {
-      run.label = make("span", "label", piece.expert); // over the text, so that nothing moves
-      run.label.setAttribute("aria-hidden", "true");
-      run.element.prepend(run.label);
-    }
+    if (!run.labelled && run.letters > 0.7 * piece.expert.length + 1) run.labelled = label(run.element, piece.expert);
   }
 
   #walk(/** @type {KeyboardEvent} */ event) {
@@ -173,6 +168,20 @@ export class Answer {
     this.table.querySelector(".scroll")?.remove();
     this.table.append(scroll);
   }
+}
+
+/**
+ * Write the expert's name over the first word of a run, which need not move for it; style.css shows `data-label`.
+ * @returns {boolean} whether there is a word
+ */
+function label(/** @type {HTMLElement} */ run, expert) {
+  const token = [...run.children].find((each) => each.textContent.trim());
+  if (!token) return false;
+  const [, space, rest] = token.textContent.match(/^(\s*)(.*)$/s);
+  const word = make("span", "word", rest);
+  word.dataset.label = expert;
+  token.replaceChildren(space, word);
+  return true;
 }
 
 /** All weights of a piece, the largest first. */

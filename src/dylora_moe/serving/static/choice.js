@@ -1,6 +1,6 @@
 // Who answers: routed, base, or an expert; with many experts these are searched.
 
-import { make, nameTag } from "./experts.js";
+import { BASE, make, nameTag } from "./experts.js";
 
 const FEW = 8; // experts that are shown as buttons
 
@@ -15,14 +15,10 @@ export class Choice {
   #name = `choice-${++made}`;
   #models = /** @type {Model[]} */ ([]);
 
-  /**
-   * @param {string} title
-   * @param {() => void} onchange
-   */
-  constructor(title, onchange) {
+  constructor(/** @type {() => void} */ onchange) {
     this.onchange = onchange;
     this.element = make("fieldset", "choice");
-    this.legend = make("legend", "", title);
+    this.legend = make("legend");
     this.buttons = make("div", "pills");
     this.element.append(this.legend, this.buttons);
     /** @type {Model} */
@@ -35,12 +31,11 @@ export class Choice {
    */
   update(models) {
     this.#models = models;
-    const many = models.length - 2 > FEW;
-    this.search = many ? new Search(models.slice(2), this.#name, (model) => this.#choose(model)) : null;
-    this.buttons.replaceChildren(
-      ...models.slice(0, many ? 2 : undefined).map((model) => this.#button(model)),
-      ...(this.search ? [this.search.element] : []),
-    );
+    const experts = models.filter(isExpert);
+    const many = experts.length > FEW;
+    this.search = many ? new Search(experts, this.#name, (model) => this.#choose(model)) : null;
+    const buttons = models.filter((model) => !many || !isExpert(model)).map((model) => this.#button(model));
+    this.buttons.replaceChildren(...buttons, ...(this.search ? [this.search.element] : []));
     this.select(this.model?.id) || this.select(models[0].id);
   }
 
@@ -50,7 +45,7 @@ export class Choice {
     if (!model) return false;
     this.model = model;
     for (const radio of this.buttons.querySelectorAll("input[type=radio]")) radio.checked = radio.value === id;
-    this.search?.show(this.#models.indexOf(model) >= 2 ? model : null);
+    this.search?.show(isExpert(model) ? model : null);
     return true;
   }
 
@@ -69,10 +64,12 @@ export class Choice {
   }
 }
 
+const isExpert = (/** @type {Model} */ model) => model.expert !== null && model.expert !== BASE;
+
 /** A combobox with a list that is narrowed by typing (ARIA Authoring Practices, list autocomplete). */
 class Search {
   #chosen = /** @type {Model | null} */ (null);
-  #active = -1;
+  #active = /** @type {number | null} */ (null);
 
   constructor(/** @type {Model[]} */ models, name, choose) {
     this.models = models;
@@ -128,19 +125,20 @@ class Search {
     }
     this.list.hidden = false;
     this.input.setAttribute("aria-expanded", "true");
-    this.#activate(wanted && found.length ? 0 : -1);
+    this.#activate(wanted ? 0 : null);
   }
 
   #close() {
     this.list.hidden = true;
     this.input.setAttribute("aria-expanded", "false");
-    this.#activate(-1);
+    this.#activate(null);
     this.show(this.#chosen);
   }
 
-  #activate(index) {
+  /** Go to an option, round the ends, or to none. */
+  #activate(/** @type {number | null} */ index) {
     const options = [...this.list.querySelectorAll("li[data-id]")];
-    this.#active = options.length && index >= 0 ? (index + options.length) % options.length : -1;
+    this.#active = index === null || !options.length ? null : (index + options.length) % options.length;
     options.forEach((option, at) => option.classList.toggle("active", at === this.#active));
     const active = options[this.#active];
     if (active) this.input.setAttribute("aria-activedescendant", active.id);
@@ -159,8 +157,8 @@ class Search {
     const closed = this.list.hidden;
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       if (closed) this.#open("");
-      const down = event.key === "ArrowDown";
-      this.#activate(closed || this.#active < 0 ? (down ? 0 : this.list.children.length - 1) : this.#active + (down ? 1 : -1));
+      if (event.key === "ArrowDown") this.#activate((this.#active ?? -1) + 1);
+      else this.#activate((this.#active ?? 0) - 1);
     } else if (event.key === "Enter") {
       if (!closed) this.#take(this.list.querySelector(".active"));
     } else if (event.key === "Escape" && !closed) {

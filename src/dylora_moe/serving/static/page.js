@@ -15,7 +15,7 @@ const MAX_TOKENS = 256;
 /** @returns {any} */
 const find = (id) => document.getElementById(id);
 const tip = new Tip(find("tip"));
-const choices = [new Choice("Answered by", sharedAgain), new Choice("and by", sharedAgain)];
+const choices = [new Choice(sharedAgain), new Choice(sharedAgain)];
 
 /** One prompt with its answers, the second only side by side. @type {{prompt: string, answers: Answer[]}[]} */
 const turns = [];
@@ -29,26 +29,25 @@ let timer = 0;
 
 async function refresh() {
   clearTimeout(timer);
-  try {
-    const found = await fetchJson("v1/experts");
-    const before = mixture;
-    mixture = found;
-    if (idsOf(before) !== idsOf(found)) showModels();
-    showTotals();
-    return true;
-  } finally {
-    timer = setTimeout(() => refresh().catch(() => {}), running ? WHILE_ANSWERING : WHILE_IDLE);
-  }
+  const before = mixture;
+  mixture = await fetchJson("v1/experts");
+  if (idsOf(before) !== idsOf(mixture)) showModels();
+  showTotals();
+  clearTimeout(timer);
+  timer = setTimeout(refreshQuietly, running ? WHILE_ANSWERING : WHILE_IDLE);
 }
 
-const idsOf = (description) => description && [description.model, ...description.data.map((each) => each.id)].join(" ");
+/** Without a word about a server that is away; whoever asks it something is told. */
+const refreshQuietly = () => refresh().catch(() => {});
 
-/** Routed, base, then the experts. */
+const idsOf = (description) => description && modelsOf(description).map((model) => model.id).join(" ");
+
+/** Routed, where there is anything to choose from, base, then the experts. */
 function modelsOf(description) {
   const base = description.data.find((each) => each.id === BASE);
   const experts = description.data.filter((each) => each.id !== BASE);
   return [
-    { id: description.model, label: "Routed", expert: null },
+    ...(description.routed ? [{ id: description.model, label: "Routed", expert: null }] : []),
     { id: base.model, label: "Base", expert: BASE },
     ...experts.map((each) => ({ id: each.model, label: each.id, expert: each.id })),
   ];
@@ -58,7 +57,7 @@ function showModels() {
   const models = modelsOf(mixture);
   for (const model of models) if (model.expert) mark(make("i"), model.expert); // colours in the experts' own order
   for (const choice of choices) choice.update(models);
-  const count = models.length - 2;
+  const count = mixture.data.length - 1;
   const top = mixture.top_k ? `, top ${mixture.top_k}` : "";
   document.title = `${mixture.model} · DyLoRA-MoE`;
   find("name").textContent = mixture.model;
@@ -74,7 +73,7 @@ function showTotals() {
   const most = showAll || count <= FEW_TOTALS + 1 ? count : FEW_TOTALS;
   paintTotals(find("totals"), mixture.data, most);
   find("all").hidden = count <= FEW_TOTALS + 1;
-  find("all").textContent = showAll ? "Show the largest" : `Show all ${count}`;
+  find("all").textContent = showAll ? "Show the largest" : "Show all";
   const learning = mixture.learning;
   find("learning").textContent = learning ? `learning ${learning.name} for ${Math.round(learning.seconds)} s` : "";
 }
@@ -92,13 +91,13 @@ async function ask(prompt) {
   showTurn(turn);
   showRunning();
   say("Answering.");
-  const refreshing = refresh().catch(() => {});
+  const refreshing = refreshQuietly();
   await Promise.all(turn.answers.map((answer, column) => stream(answer, bodies[column], controller.signal)));
   running = null;
   showRunning();
   say(turn.answers.map((answer) => answer.summary).join(" "));
   await refreshing;
-  await refresh().catch(() => {});
+  await refreshQuietly();
 }
 
 async function stream(answer, body, signal) {
@@ -210,8 +209,13 @@ async function copy(event, link) {
 function showCompare() {
   const both = find("compare").checked;
   choices[1].element.hidden = !both;
-  choices[0].legend.textContent = both ? "Left" : "Answered by";
-  choices[1].legend.textContent = "Right";
+  choices[0].legend.textContent = both ? "First" : "Answered by";
+  choices[1].legend.textContent = "Second";
+}
+
+function showSettings(shown) {
+  find("panel").hidden = !shown;
+  find("settings").setAttribute("aria-expanded", String(shown));
 }
 
 /** The prompt's field is as high as the prompt, within bounds that style.css sets. */
@@ -238,6 +242,7 @@ find("composer").addEventListener("submit", (event) => {
   fit();
   ask(prompt);
 });
+find("composer").addEventListener("invalid", () => showSettings(true), { capture: true });
 find("prompt").addEventListener("input", fit);
 find("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -249,10 +254,7 @@ find("compare").addEventListener("change", () => {
   showCompare();
   sharedAgain();
 });
-find("settings").addEventListener("click", () => {
-  find("panel").hidden = !find("panel").hidden;
-  find("settings").setAttribute("aria-expanded", String(!find("panel").hidden));
-});
+find("settings").addEventListener("click", () => showSettings(find("panel").hidden));
 find("clear").addEventListener("click", () => {
   looking.abort();
   looking = new AbortController();

@@ -47,7 +47,6 @@ export class Tip {
     anchor.setAttribute("aria-describedby", this.element.id);
     this.element.replaceChildren(content);
     this.element.hidden = false;
-    this.element.scrollTop = 0;
     this.#place();
   }
 
@@ -60,9 +59,10 @@ export class Tip {
     const line = this.#anchor.getClientRects()[0];
     if (!line) return this.hide();
     const { offsetWidth: width, offsetHeight: height } = this.element;
-    const left = Math.max(8, Math.min(line.left, document.documentElement.clientWidth - width - 8));
+    const { clientWidth, clientHeight } = document.documentElement;
     const above = line.top - height - 4;
-    this.element.style.setProperty("left", `${left}px`);
-    this.element.style.setProperty("top", `${above >= 8 ? above : line.bottom + 6}px`);
+    const within = (from, size, all) => `${Math.max(8, Math.min(from, all - size - 8))}px`;
+    this.element.style.setProperty("left", within(line.left, width, clientWidth));
+    this.element.style.setProperty("top", within(above >= 8 ? above : line.bottom + 6, height, clientHeight));
   }
 }
