@@ -14,13 +14,14 @@ import pytest
 from serving.canned import Canned, canned_app
 from serving.live import KEY, NAME, Live, listening, live_server, tiny_checkpoint
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested by playwright, which is not here")
-expect, Browser, Locator, Page = playwright.expect, playwright.Browser, playwright.Locator, playwright.Page
+pytest.importorskip("playwright.sync_api", reason="the page is tested by playwright, which is not here")
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in chromium, which is not here")
 
 PROMPT = "aaab & bccd\n100 %"
-TOKENS = 24
+TOKENS = 8
 EXPERTS = [f"expert-{number}" for number in range(64)]
 ROUTED = [
     (b"SELECT", {"sql": 0.9, "json": 0.1}),
@@ -34,7 +35,7 @@ NEW = {"answer": "new", "skill": "sql", "p": 0.0042, "score": 9.0, "nearest": [{
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
@@ -73,8 +74,7 @@ def ask(page: Page, prompt: str = PROMPT) -> Locator:
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Enter")
     answers = page.locator(".turn").last.locator(".answer")
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    expect(page.locator("[aria-busy]")).to_have_count(0)
+    page.get_by_role("button", name="Send").wait_for()
     return answers
 
 
@@ -134,8 +134,8 @@ def test_experts_are_chosen_and_compared(live: Live, opened: Callable[..., Page]
     expect(shared.get_by_role("group", name="First").get_by_role("radio", name="law")).to_be_checked()
     expect(shared.get_by_role("group", name="Second").get_by_role("radio", name="base")).to_be_checked()
     expect(shared.locator(".turn")).to_have_count(0)  # nothing is asked by opening a link
-    stranger = opened(live.url, f"#prompt=x&model={NAME}:gone")
-    expect(stranger.get_by_role("alert")).to_contain_text(f"{NAME}:gone, which is not served here")
+    shared.evaluate(f"location.hash = 'prompt=x&model={NAME}:gone'")
+    expect(shared.get_by_role("alert")).to_contain_text(f"{NAME}:gone, which is not served here")
 
 
 def test_a_key_is_asked_for(opened: Callable[..., Page]):
@@ -170,7 +170,8 @@ def test_all_weights_by_pointer_and_by_keyboard(opened: Callable[..., Page]):
     expect(tokens.last).to_be_focused()
     assert answer.locator(".token[tabindex='0']").count() == 1  # one stop of the Tab key, however many tokens
     answer.get_by_text("Weights as a table").click()
-    expect(answer.get_by_role("row").nth(1)).to_have_text(re.compile("SELECT every thing.*3.*sql 0.80, json 0.13, base 0.07"))
+    row = answer.get_by_role("row").nth(1)
+    expect(row).to_have_text(re.compile(r"SELECT every thing\s*3\s*sql 0.80, json 0.13, base 0.07"))
 
 
 def test_characters_over_several_tokens_are_one_span(opened: Callable[..., Page]):
@@ -198,6 +199,7 @@ def test_a_conversation_goes_on(opened: Callable[..., Page]):
         assert (body["temperature"], body["seed"]) == (0.5, 7)
     page.get_by_role("button", name="New conversation").click()
     ask(page, "Anew.")
+    expect(page.locator(".badge")).to_have_count(0)  # it was taught nothing
     assert canned.asked[-1]["messages"] == [{"role": "user", "content": "Anew."}]
 
 
@@ -237,13 +239,10 @@ def test_novelty(opened: Callable[..., Page]):
     canned.new = NEW | {"answer": "known"}
     ask(page)
     expect(badge.last).to_have_text("known: sql")
-    plain = opened(Canned(answer=ROUTED))
-    ask(plain)
-    expect(plain.locator(".badge")).to_have_count(0)
 
 
 def test_64_experts(opened: Callable[..., Page]):
-    many = Canned(experts=EXPERTS, answer=[(b"x", {name: 1 / 64 for name in EXPERTS})], written={"expert-40": 9.0})
+    many = Canned(experts=EXPERTS, answer=[(b"x", dict.fromkeys(EXPERTS, 1 / 64))], written={"expert-40": 9.0})
     page = opened(many, viewport={"width": 390, "height": 800})
     page.get_by_text("Experts", exact=True).click()
     totals = page.locator("#totals li")
@@ -276,31 +275,34 @@ def violations(page: Page) -> list[str]:
     return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found if each["impact"] in ("serious", "critical")]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(scheme: str, opened: Callable[..., Page]):
+def test_accessibility(opened: Callable[..., Page]):
     hues = [(name.encode() + b" ", {name: 1.0}) for name in (*EXPERTS[:8], "base")]
-    page = opened(Canned(experts=EXPERTS[:8], answer=hues, novelty="ready", new=NEW), color_scheme=scheme)
-    assert not violations(page)
+    page = opened(Canned(experts=EXPERTS[:8], answer=hues, novelty="ready", new=NEW), color_scheme="light")
     page.get_by_label("Side by side").check()
     page.get_by_role("button", name="Settings").click()
     answers = ask(page)
     answers.first.get_by_text("Weights as a table").click()
     answers.last.locator(".token").first.focus()
     assert not violations(page)
-    page.get_by_role("button", name="Light" if scheme == "dark" else "Dark").click()
+    page.get_by_role("button", name="Dark").click()
+    answers.last.locator(".token").first.focus()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 21, 23)"
+    assert not violations(page)
     page.reload()
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == ("rgb(250, 250, 248)" if scheme == "dark" else "rgb(19, 21, 23)")
+    expect(page.get_by_role("button", name="Light")).to_be_visible()  # the choice is kept
 
 
 @pytest.mark.slow
 def test_accessibility_with_64_experts(opened: Callable[..., Page]):
-    many = Canned(experts=EXPERTS, answer=[(b"x", {name: 1 / 64 for name in EXPERTS})], key=KEY)
+    many = Canned(experts=EXPERTS, answer=[(b"x", dict.fromkeys(EXPERTS, 1 / 64))], key=KEY)
     for scheme in ("light", "dark"):
         page = opened(many, color_scheme=scheme, viewport={"width": 390, "height": 800})
+        page.get_by_role("textbox", name="API key").wait_for()
         assert not violations(page)
         page.get_by_role("textbox", name="API key").fill(KEY)
         page.keyboard.press("Enter")
+        page.get_by_role("combobox", name="Expert").wait_for()
+        assert not violations(page)
         ask(page).locator(".token").click()
         assert not violations(page)
         page.get_by_role("combobox", name="Expert").click()

@@ -69,26 +69,15 @@ export class Loads {
     const shares = this.shares();
     const shown = shares.slice(0, shares.length > 6 ? 5 : 6);
     const others = shares.slice(shown.length);
-    this.#bar.replaceChildren(
-      ...shares.map(([name, share]) => {
-        const part = mark(make("i"), name);
-        part.style.setProperty("--share", share);
-        return part;
-      }),
-    );
-    this.#names.replaceChildren(
-      ...shown.map(([name, share]) => {
-        const item = nameTag(name, "li");
-        item.append(make("b", "", percent(share)));
-        return item;
-      }),
-    );
-    if (others.length) {
-      const rest = others.reduce((sum, [, share]) => sum + share, 0);
-      const item = make("li", "expert", `${others.length} others`);
-      item.append(make("b", "", percent(rest)));
-      this.#names.append(item);
+    const rest = others.reduce((sum, [, share]) => sum + share, 0);
+    const parts = shown.map(([name, share]) => [mark(make("i"), name), nameTag(name, "li"), share]);
+    if (others.length) parts.push([make("i"), make("li", "expert", `${others.length} others`), rest]);
+    for (const [part, item, share] of parts) {
+      part.style.setProperty("--share", share);
+      item.append(make("b", "", percent(share)));
     }
+    this.#bar.replaceChildren(...parts.map(([part]) => part));
+    this.#names.replaceChildren(...parts.map(([, item]) => item));
   }
 }
 
