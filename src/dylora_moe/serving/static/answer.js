@@ -3,7 +3,7 @@
 import { Loads, make, mark, nameTag, percent } from "./experts.js";
 import { Pieces, largestFirst } from "./text.js";
 
-const REASONS = { length: "as long as allowed", stop: "" };
+const REASONS = { length: "max tokens reached", stop: "" };
 
 export class Answer {
   #pieces = new Pieces();
@@ -75,7 +75,7 @@ export class Answer {
     this.state.textContent = [count, rate, REASONS[reason] ?? reason].filter(Boolean).join(" · ");
     this.element.removeAttribute("aria-busy");
     if (error) this.error.append(make("p", "error", error));
-    else if (!this.#spans.length) this.body.append(make("span", "quiet", "No text."));
+    else if (!this.#spans.length) this.body.append(make("span", "quiet", "The answer is empty."));
     this.table.hidden = !this.#spans.length;
   }
 

@@ -36,7 +36,7 @@ export class Choice {
     this.search = many ? new Search(experts, this.#name, (model) => this.#choose(model)) : null;
     const buttons = models.filter((model) => !many || !isExpert(model)).map((model) => this.#button(model));
     this.buttons.replaceChildren(...buttons, ...(this.search ? [this.search.element] : []));
-    this.select(this.model?.id) || this.select(models[0].id);
+    if (!this.select(this.model?.id)) this.select(models[0].id);
   }
 
   /** Choose a model by its id; false if there is none. */

@@ -24,7 +24,7 @@ export function noveltyBadge(prompt, tip, signal) {
         return show(found.data[0]);
       } catch (error) {
         if (error.code !== "preparing") throw error;
-        element.replaceChildren(make("span", "badge quiet", "novelty: preparing"));
+        element.replaceChildren(make("span", "badge", "novelty: preparing"));
         await new Promise((resolve) => setTimeout(resolve, 1000 * (error.retryAfter ?? 5)));
         signal.throwIfAborted();
       }
@@ -36,7 +36,8 @@ export function noveltyBadge(prompt, tip, signal) {
     badge.type = "button";
     badge.dataset.answer = answer;
     if (answer === "known" || answer === "related") badge.append(`${answer}: `, nameTag(skill));
-    else badge.append(answer === "new" ? `this looks like none of my skills, p = ${p.toPrecision(2)}` : answer);
+    else if (answer === "new") badge.append(`this looks like none of my skills, p = ${p.toPrecision(2)}`);
+    else badge.append(`novelty: ${answer}`);
     tip.watch(element, ".badge", () => nearestOf(p, nearest));
     element.replaceChildren(badge);
   }
@@ -44,7 +45,8 @@ export function noveltyBadge(prompt, tip, signal) {
 
 function nearestOf(p, nearest) {
   const content = make("div");
-  content.append(make("p", "", `Of the texts it was taught, ${(100 * p).toPrecision(2)} % look as new (p = ${p.toPrecision(2)}).`));
+  const share = (100 * p).toPrecision(2);
+  content.append(make("p", "", `Of the texts it was taught, ${share} % look as new (p = ${p.toPrecision(2)}).`));
   const list = make("ul", "weights");
   list.append(
     ...nearest.map(({ skill, score }) => {
