@@ -251,6 +251,7 @@ def test_64_experts(opened: Callable[..., Page]):
     expect(totals.first).to_contain_text("expert-40")  # the largest first
     page.get_by_role("button", name="Show all").click()
     expect(totals).to_have_count(65)
+    expect(totals.first).to_contain_text("expert-40")
     looks = page.locator("#totals .swatch").evaluate_all("all => all.map(({dataset: d}) => d.colour + d.pattern)")
     assert len(set(looks)) == 7 * 4 + 1
     page.get_by_text("Experts", exact=True).click()

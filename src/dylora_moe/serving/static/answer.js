@@ -196,7 +196,7 @@ function weightsOf(/** @type {import("./text.js").Piece} */ piece) {
       const item = nameTag(name, "li");
       const bar = mark(make("i", "bar"), name);
       bar.style.setProperty("--share", weight);
-      item.append(bar, make("b", "", weight < 0.005 ? "<0.01" : weight.toFixed(2)));
+      item.append(bar, make("b", "", weight < 0.005 ? "<.01" : weight.toFixed(2)));
       return item;
     }),
   );

@@ -82,16 +82,14 @@ export class Loads {
 }
 
 /**
- * The server's totals as bars, the largest first where there are many experts.
+ * The server's totals as bars.
  * @param {HTMLElement} list
  * @param {{id: string, tokens: number, state: string}[]} experts
- * @param {number} most so many are shown
  */
-export function paintTotals(list, experts, most) {
-  const sorted = experts.length > most ? [...experts].sort((a, b) => b.tokens - a.tokens) : experts;
+export function paintTotals(list, experts) {
   const largest = Math.max(1, ...experts.map((expert) => expert.tokens));
   list.replaceChildren(
-    ...sorted.slice(0, most).map((expert) => {
+    ...experts.map((expert) => {
       const item = make("li");
       const name = nameTag(expert.id);
       if (expert.state === "new") name.append(make("small", "", "not routed to yet"));

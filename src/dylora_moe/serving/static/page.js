@@ -69,10 +69,10 @@ function showModels() {
 }
 
 function showTotals() {
-  const count = mixture.data.length;
-  const most = showAll || count <= FEW_TOTALS + 1 ? count : FEW_TOTALS;
-  paintTotals(find("totals"), mixture.data, most);
-  find("all").hidden = count <= FEW_TOTALS + 1;
+  const many = mixture.data.length > FEW_TOTALS + 1; // with the base
+  const largestFirst = [...mixture.data].sort((a, b) => b.tokens - a.tokens);
+  paintTotals(find("totals"), many ? largestFirst.slice(0, showAll ? undefined : FEW_TOTALS) : mixture.data);
+  find("all").hidden = !many;
   find("all").textContent = showAll ? "Show the largest" : "Show all";
   const learning = mixture.learning;
   find("learning").textContent = learning ? `learning ${learning.name} for ${Math.round(learning.seconds)} s` : "";
