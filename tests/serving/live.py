@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
+from fastapi import FastAPI
 
 from dylora_moe.serving.app import create_app
 from dylora_moe.serving.changes import Changes
@@ -53,15 +54,22 @@ def live_server(
     service = Service(session, NAME, Engine(session.model, session.tokenizer, **settings))
     limits = Limits(api_key=KEY) if limits is None and changes else limits
     app = create_app(service, limits, Changes(service, folder, adapters) if changes else None)
-    listening = socket.create_server(("127.0.0.1", 0))
+    with listening(app) as url:
+        yield Live(url, service, folder)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """An app that is served in a thread of this process, by its URL."""
+    port = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[port])))
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             threading.Event().wait(0.01)
-        yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", service, folder)
+        yield f"http://127.0.0.1:{port.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
