@@ -30,8 +30,8 @@ JSON = {"content-type": "application/json"}
 
 
 def wait_until(true: Callable[[], Any]) -> None:
-    """Wait until something is so, ten seconds at most."""
-    deadline = time.monotonic() + 10
+    """Wait until something is so, a minute at most."""
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline, "it does not become so"
         time.sleep(0.005)

@@ -77,13 +77,22 @@ def create_app(service: Service, limits: Limits | None = None, changes: Changes 
     _add_completions(app, service, limits, metrics)
     if changes is not None:
         add_routes(app, changes, metrics, ERRORS)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", _Static(directory=STATIC), name="static")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
     return app
+
+
+class _Static(StaticFiles):
+    """The page's files, which a browser asks for again after an upgrade."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics: Metrics) -> None:
