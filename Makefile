@@ -57,7 +57,7 @@ lint: install ## check style, format and types
 
 # Each plan measures some of the figures in docs/performance.md; `dylora-moe bench --list` shows them.
 PLANS ?= counts flops flops-training saved graphs training experts experts-prefill top-1024 top-4096 token-1024 generation \
-	generation-peers
+	generation-peers serving
 
 bench: install ## measure every figure of the results page (PLANS="saved training" chooses some)
 	@for plan in $(PLANS); do $(OFFLINE) $(RUN) dylora_moe bench --plan $$plan $(ARGS) || exit; done
