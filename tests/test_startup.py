@@ -33,6 +33,7 @@ HELPS = (
     ["recipe"],
     ["recipe", "check"],
     ["merge"],
+    ["chat"],
 )
 
 
