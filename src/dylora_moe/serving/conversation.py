@@ -109,7 +109,7 @@ class Conversation:
     def ask(self, prompt: str) -> Iterator[tuple[str, Token]]:
         """The answer as it comes: what each token adds to its text.
 
-        In a conversation prompt and answer are kept, also of one that was stopped; not if nothing was said or it failed.
+        In a conversation prompt and answer are kept, stopped ones too; not if nothing was said or it failed.
 
         Raises:
             ValueError: a prompt that cannot be encoded or leaves no room for an answer, or a request that the engine

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dylora_moe.arguments import BASE
+from dylora_moe.experts.expert_set import NEW
 from dylora_moe.report.terminal import colour_of, name_experts
 from dylora_moe.schema import nearest
 
@@ -156,7 +157,7 @@ class Terminal:
         self._blocks += 1
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=not self.interactive)
 
     def _greet(self) -> None:
         model, chat = self.conversation.session.model, self.conversation.session.chat
@@ -197,7 +198,7 @@ class Terminal:
         if not name:
             forced = f"{conversation.expert} is forced" if conversation.expert else "the router decides"
             states = conversation.session.model.expert_states
-            new = [f"{expert} (not routed yet)" if states[expert] == "new" else expert for expert in states]
+            new = [f"{expert} (not routed yet)" if states[expert] == NEW else expert for expert in states]
             self._say(f"{', '.join([*new, BASE])}; {forced}.")
             return
         conversation.force(name)
