@@ -118,12 +118,41 @@ def test_getting_ready_leaves_others_their_turns_and_can_be_stopped(tmp_path, mo
     assert len(seen) == 517
 
 
+def test_others_get_their_turns_between_two_rows(model):
+    rows, tokenizer, seen, ended = texts(2, 20, seed=7), tiny_tokenizer(), [], threading.Event()
+    expected = model.views(rows, tokenizer=tokenizer)
+    model.views(["other rows"], tokenizer=tokenizer)
+
+    def other() -> None:
+        while not ended.is_set():
+            with model.holder.lock.turn():
+                seen.append((model.training, model.hooks.call))
+
+    model.train()
+    thread = threading.Thread(target=other)
+    with model.holder.lock.turn():
+        thread.start()
+        model.views(["it waits at the door"], tokenizer=tokenizer)
+        assert not seen
+    found = model.views(rows, tokenizer=tokenizer)
+    ended.set()
+    thread.join()
+    model.eval()
+    assert len(seen) >= len(rows)
+    assert set(seen) == {(True, None)}  # it finds the model as it was
+    assert torch.equal(found.states, expected.states)
+
+
 def test_too_few_rows_are_said_once(caplog):
     model, tokenizer = teach(mixture(), *NAMES[:2], count=ROWS), tiny_tokenizer()
     for _ in range(3):
         model.novelty(texts(0, 4), tokenizer=tokenizer, false_alarm=1e-5)
-    assert len([record for record in caplog.records if "nothing will be called new" in record.message]) <= 3  # by kind
-    assert caplog.records
+    model.novelty(texts(0, 4), tokenizer=tokenizer, false_alarm=1e-6)
+    said = [message for message in caplog.messages if "nothing will be called new" in message]
+    assert len(said) == 2
+    for message, rate in zip(said, ("1e-05", "1e-06"), strict=True):
+        assert f"by {2 * ROWS} scores" in message
+        assert f"{rate} was asked" in message
 
 
 def test_nothing_is_changed_and_nothing_read_twice(model, monkeypatch):

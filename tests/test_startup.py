@@ -34,6 +34,7 @@ HELPS = (
     ["recipe", "check"],
     ["merge"],
     ["serve"],
+    ["chat"],
 )
 
 

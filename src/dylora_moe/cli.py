@@ -19,6 +19,7 @@ from .failures import Verbose, one_message
 from .keeping import commands as keeping
 from .keeping import warn_of_twins
 from .lifelong.command import learn
+from .serving.chat import chat
 from .serving.command import serve
 from .version import __version__
 
@@ -36,6 +37,7 @@ app.add_typer(recipes, name="recipe")
 app.command()(bench)
 app.command()(learn)
 app.command()(serve)
+app.command()(chat)
 app.add_typer(keeping)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)

@@ -1025,8 +1025,7 @@ class DyLoraMoE(PeftModelForCausalLM):
             if self._latest is not None and self._latest[0] == (reading, digest):
                 skill = self._latest[2]
             if skill is None:
-                with self._states_of(of_skill, told) as states:
-                    skill = Skill.of(states, self.router.sizes[0])
+                skill = Skill.of(self._states_of(of_skill, told), self.router.sizes[0])
             now, source = datetime.now(UTC).isoformat(timespec="seconds"), (sources or {}).get(name, "")
             taught = Teaching(now, source, digest, skill.rows, skill.tokens)
             library.add(name, replace(skill, taught=(taught,)), reading)
@@ -1125,13 +1124,11 @@ class DyLoraMoE(PeftModelForCausalLM):
             background = self._background
 
         def read(texts: Sequence[Row]) -> RowViews:
-            each = []
-            for number, row in enumerate(texts, start=1):
-                with self.holder.lock.turn():
-                    each.append(self._views_of([row]))
+            def told(count: int) -> None:
                 if progress is not None:
-                    progress(number, len(texts))
-            return RowViews.chained(each)
+                    progress(count, len(texts))
+
+            return RowViews.of_each(self._states_of(texts, told))
 
         if background is None or background[0] != reading:
             texts = read_rows(background_texts(), tokenizer, reading.separator, bool(self.chat))
@@ -1141,7 +1138,6 @@ class DyLoraMoE(PeftModelForCausalLM):
             detector = self._detector = Detector(skills, background[1])
         return detector
 
-    @in_turn
     def views(
         self,
         rows: Iterable[str | Mapping[str, Any] | Example],
@@ -1151,20 +1147,23 @@ class DyLoraMoE(PeftModelForCausalLM):
     ) -> RowViews:
         """What `novelty` sees of some texts: means of their states. Those of the latest rows are kept.
 
+        Other threads get their turns between two rows.
+
         Args:
             rows, tokenizer, separator: as of `teach`; without `sums` a row may be a `prompt` alone.
             sums: add their states up as well, so that `teach` with the same rows need not read them again.
         """
-        tokenizer, reading = self._reading(tokenizer, separator)
+        with self.holder.lock.turn():
+            tokenizer, reading = self._reading(tokenizer, separator)
         read = read_rows(rows, tokenizer, reading.separator, bool(self.chat), unanswered=not sums)
-        key = (reading, digest_of(read))
-        if self._latest is None or self._latest[0] != key or (sums and self._latest[2] is None):
+        key, latest = (reading, digest_of(read)), self._latest
+        if latest is None or latest[0] != key or (sums and latest[2] is None):
             each: list[RowViews] = []
-            with self._states_of(read) as states:
-                skill = Skill.of(states, self.router.sizes[0], each.append) if sums else None
-                views = RowViews.chained(each) if sums else RowViews.of_each(states)
-            self._latest = (key, views, skill)
-        return self._latest[1]
+            states = self._states_of(read)
+            skill = Skill.of(states, self.router.sizes[0], each.append) if sums else None
+            views = RowViews.chained(each) if sums else RowViews.of_each(states)
+            latest = self._latest = (key, views, skill)
+        return latest[1]
 
     def _reading(
         self, tokenizer: PreTrainedTokenizerBase | None, separator: str | None
@@ -1196,26 +1195,18 @@ class DyLoraMoE(PeftModelForCausalLM):
                 f"({self.base_name}) has one ({error}); pass tokenizer=..."
             ) from error
 
-    def _views_of(self, rows: Sequence[Row]) -> RowViews:
-        with self._states_of(rows) as states:
-            return RowViews.of_each(states)
-
-    @contextmanager
-    def _states_of(
-        self, rows: Sequence[Row], progress: Callable[[int], None] | None = None
-    ) -> Iterator[Iterator[RowStates]]:
-        """What the bare base makes of some rows, each by itself, for the time of a `with` block."""
+    def _states_of(self, rows: Sequence[Row], progress: Callable[[int], None] | None = None) -> Iterator[RowStates]:
+        """What the bare base makes of some rows, each by itself and in a turn of its own."""
         base = cast(PreTrainedModel, self.get_base_model())
         where, window = (base, self.placement, self.router_layer_index), window_of(base)
-
-        def states() -> Iterator[RowStates]:
-            for number, row in enumerate(rows, start=1):
-                yield states_of(*where, row, window)
-                if progress is not None:
-                    progress(number)
-
-        with evaluating(self), self.hooks.calling(Call(experts="base")):
-            yield states()
+        with self.holder.lock.turn():
+            modules = list(self.modules())
+        for number, row in enumerate(rows, start=1):
+            with self.holder.lock.turn(), evaluating(modules), self.hooks.calling(Call(experts="base")):
+                states = states_of(*where, row, window)
+            yield states
+            if progress is not None:
+                progress(number)
 
     def learn(self, rows: Iterable[str | Mapping[str, Any] | Example], name: str | None = None, **options: Any) -> Any:
         """Look at some rows, and where they are new, train an expert for them alone and teach the router.

@@ -56,7 +56,7 @@ def test_the_router_reads_the_same_of_every_family(family, form):
     except ValueError:
         pytest.skip("this form is refused when the mixture is built")
     ids, read = torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), []
-    with evaluating(model), model.hooks.calling(Call(experts="base")):
+    with evaluating(model.modules()), model.hooks.calling(Call(experts="base")):
         found = states_of(model.get_base_model(), model.placement, model.router_layer_index, Row(ids[0].tolist(), 0))
     model.router.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_long_rows_are_read_in_windows():
 def test_nothing_stays_behind():
     base = tiny_base().train()
     base.lm_head.eval()
-    with evaluating(base):
+    with evaluating(base.modules()):
         assert not any(module.training for module in base.modules())
         states = states_of(base, Placement.of(base), 2, Row([5, 6, 7], 0)).states
     assert not states.requires_grad

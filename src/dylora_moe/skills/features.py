@@ -8,7 +8,7 @@ D width of a state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -83,17 +83,17 @@ def window_of(base: Any) -> int:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block every module is in evaluation mode and nothing keeps gradients."""
-    modes = [(module, module.training) for module in model.modules()]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block every one of `modules` is in evaluation mode and nothing keeps gradients."""
+    training = [module for module in modules if module.training]
     try:
-        for module, _ in modes:
+        for module in training:
             module.training = False
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _enter(base: nn.Module, placement: Placement, k: int, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ class Detector:
             self._within.append(_Cloud.of(together, classes, len(there)))
             self._total.append(_Cloud.of(together, torch.zeros_like(classes), 1))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        self._warned: set[tuple[int, float]] = set()
+        self._warned: set[float] = set()  # the rates that cannot be had
 
     def is_of(self, skills: Mapping[str, Skill], background: RowViews) -> bool:
         """Whether it was made of these very objects, which never change."""
@@ -206,8 +206,8 @@ class Detector:
             known, same = self.known_scores(size, kind).sort().values, (there == kind).all(-1)
             as_high = len(known) - torch.searchsorted(known, scores[same])
             p[same] = (1 + as_high.double()) / (1 + len(known))
-            if 1 / (1 + len(known)) > false_alarm and (len(known), false_alarm) not in self._warned:
-                self._warned.add((len(known), false_alarm))
+            if 1 / (1 + len(known)) > false_alarm and false_alarm not in self._warned:
+                self._warned.add(false_alarm)
                 logger.warning(
                     "by %d scores of known texts the rate of false alarms is at least %.2g, and %.2g was asked: "
                     "nothing will be called new. Teach more rows, or ask for a higher rate.",
