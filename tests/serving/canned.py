@@ -29,7 +29,6 @@ class Canned:
         new: what the prompts' novelty is, None while it is being prepared.
         refusal: the message of a 400 for whoever asks.
         asked: the bodies that came, the newest last.
-        cancelled: how many answers were given up by their client.
     """
 
     experts: Sequence[str] = ("sql", "json")
@@ -43,7 +42,6 @@ class Canned:
     refusal: str | None = None
     written: dict[str, float] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
-    cancelled: int = 0
 
 
 def canned_app(canned: Canned) -> FastAPI:
@@ -88,19 +86,15 @@ def canned_app(canned: Canned) -> FastAPI:
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
     async def chunks() -> AsyncIterator[str]:
-        try:
-            for index, (letters, weights) in enumerate(canned.answer):
-                if index == canned.breaks_after:
-                    return
-                expert = max(weights, key=lambda name: weights[name])
-                token = {"token": "?", "bytes": list(letters), "expert": expert, "weights": weights}
-                yield chunk({"delta": {}, "finish_reason": None, "routing": [token]})
-                await asyncio.sleep(canned.pause)
-            yield chunk({"delta": {}, "finish_reason": "stop"})
-            yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            canned.cancelled += 1
-            raise
+        for index, (letters, weights) in enumerate(canned.answer):
+            if index == canned.breaks_after:
+                return
+            expert = max(weights, key=lambda name: weights[name])
+            token = {"token": "?", "bytes": list(letters), "expert": expert, "weights": weights}
+            yield chunk({"delta": {}, "finish_reason": None, "routing": [token]})
+            await asyncio.sleep(canned.pause)
+        yield chunk({"delta": {}, "finish_reason": "stop"})
+        yield "data: [DONE]\n\n"
 
     return app
 

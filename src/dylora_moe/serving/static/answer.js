@@ -69,7 +69,7 @@ export class Answer {
   finish({ reason = "", error = "" }) {
     const seconds = (performance.now() - this.#first) / 1000;
     this.#paint();
-    this.growing(() => this.#append([this.#pieces.rest()]));
+    this.growing(() => this.#append(this.#pieces.rest()));
     const rate = this.tokens > 1 && seconds ? `${Number(((this.tokens - 1) / seconds).toPrecision(2))} tokens/s` : "";
     const count = `${this.tokens} token${this.tokens === 1 ? "" : "s"}`;
     this.state.textContent = [count, rate, REASONS[reason] ?? reason].filter(Boolean).join(" · ");
@@ -91,13 +91,12 @@ export class Answer {
     this.#frame = 0;
     const tokens = this.#waiting;
     this.#waiting = [];
-    this.growing(() => this.#append(tokens.map((token) => this.#pieces.add(token))));
+    this.growing(() => this.#append(tokens.flatMap((token) => this.#pieces.add(token))));
     if (tokens.length) this.state.textContent = `${this.tokens} tokens`;
   }
 
-  #append(/** @type {(import("./text.js").Piece | null)[]} */ pieces) {
+  #append(/** @type {import("./text.js").Piece[]} */ pieces) {
     for (const piece of pieces) {
-      if (!piece) continue;
       this.tokens += piece.tokens;
       this.text += piece.text;
       this.#loads.add(piece);

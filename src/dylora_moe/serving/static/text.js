@@ -17,17 +17,19 @@ export class Pieces {
 
   /**
    * @param {Token} token
-   * @returns {Piece | null} what is whole now; null while a character waits for its other bytes
+   * @returns {Piece[]} what is whole now; nothing while a character waits for its other bytes
    */
   add(token) {
+    // a character that does not go on never will
+    const broken = token.bytes.length && (token.bytes[0] < 0x80 || token.bytes[0] > 0xbf) ? this.rest() : [];
     this.#held.push(token);
     this.#bytes.push(...token.bytes);
-    return endsInside(this.#bytes) ? null : this.#take();
+    return endsInside(this.#bytes) ? broken : [...broken, this.#take()];
   }
 
-  /** @returns {Piece | null} what was held back, when nothing more comes */
+  /** @returns {Piece[]} what was held back, when nothing more comes */
   rest() {
-    return this.#held.length ? this.#take() : null;
+    return this.#held.length ? [this.#take()] : [];
   }
 
   #take() {
