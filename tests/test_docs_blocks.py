@@ -31,7 +31,6 @@ from pages import (
     FENCE,
     PAGES,
     ROOT,
-    Background,
     background,
     blocks,
     furnish,
@@ -232,7 +231,7 @@ def run(command: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_what_the_page_of_serving_asks_is_answered(base, tmp_path, monkeypatch, capsys):
+def test_serving_runs(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
     furnish_adapters(tmp_path, base)
@@ -244,15 +243,24 @@ def test_what_the_page_of_serving_asks_is_answered(base, tmp_path, monkeypatch, 
                 exec(compile(block.text.replace(ADDRESS, servers.url), f"serving.md: {block.key}", "exec"), names)
                 continue
             for command in commands_of(block.text):
-                if command.startswith("curl "):
-                    answers.append(ask(servers, command))
+                program, *words = shlex.split(command)
+                if program == "curl":
+                    answers.append(servers.curl(words))
                 elif not_run(command) is None:
                     run(command)
-        told = capsys.readouterr().out
-        assert "no model 'ours:cooking'; there are ours, ours:base, ours:sql, ours:law." in told
-        assert set(names["choice"].routing[0]["weights"]) <= {"sql", "law", "base"}
-        assert names["chunk"].usage.completion_tokens
-    first, experts, *_, learning = answers
+    assert "no model 'ours:cooking'; there are ours, ours:base, ours:sql, ours:law." in capsys.readouterr().out
+    assert names["forced"].model == "ours:sql"
+    assert {weight for token in names["choice"].routing for weight in token["weights"]} <= {"sql", "law", "base"}
+    assert names["chunk"].usage.completion_tokens
+    chat, experts, texts, health, metrics, novelty, added, renamed, removed, learning = answers
+    assert json.loads(chat)["model"] == json.loads(experts)["model"] == "ours"
+    assert len(json.loads(texts)["choices"]) == 2
+    assert json.loads(health) == {"status": "ok"}
+    assert 'dylora_moe_expert_tokens_total{expert="law"}' in metrics
+    assert json.loads(novelty)["data"][0]["nearest"]
+    found = [[each["id"] for each in json.loads(answer)["data"]] for answer in (added, renamed, removed)]
+    assert found == [["sql", "law", last, "base"] if last else ["sql", "law", "base"] for last in ("sums", "math", "")]
+    assert json.loads(learning)["status"] == "running"
 
 
 def test_strangers_adapters_are_routed_by_the_recipe_of_the_page(base, tmp_path, monkeypatch):

@@ -1,0 +1,53 @@
+"""What the Dockerfile names exists; nothing here builds it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tomllib
+from collections.abc import Callable
+
+import typer
+
+from dylora_moe.cli import app
+from dylora_moe.serving.app import create_app
+from dylora_moe.serving.command import serve
+from dylora_moe.skills.background import CACHE_VARIABLE
+from pages import ROOT
+
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def of(instruction: str) -> list[str]:
+    """What follows an instruction, each time."""
+    return re.findall(rf"^{instruction}\s+(.*)$", TEXT, re.MULTILINE)
+
+
+def test_what_is_copied_is_there_and_sent_to_the_builder():
+    sources = [source for line in of("COPY") for source in line.split()[:-1]]
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert sent[0] == "*"
+    assert set(sources) == {line[1:] for line in sent if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)
+    assert {PROJECT["readme"], *PROJECT["license-files"], "pyproject.toml", "src"} <= set(sources)
+
+
+def test_what_is_installed_is_known():
+    (extras,) = re.findall(r"'\.\[(.*?)\]'", TEXT)
+    assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert '--index-url "$TORCH_INDEX" torch' in TEXT
+    assert f"python:{'.'.join(map(str, (3, 12)))}-slim" in of("FROM")
+
+
+def test_the_command_is_one_of_ours_and_what_it_opens_is_told():
+    (entry,), (command,) = map(json.loads, of("ENTRYPOINT")), map(json.loads, of("CMD"))
+    assert entry == [next(iter(PROJECT["scripts"]))]
+    group: typer.core.TyperGroup = typer.main.get_command(app)  # pyright: ignore[reportAssignmentType]
+    with group.make_context("dylora-moe", list(command)) as context:
+        name, chosen, rest = group.resolve_command(context, list(command))
+        given = chosen.make_context(name, rest).params  # pyright: ignore[reportOptionalMemberAccess]
+    assert given["host"] == "0.0.0.0"
+    assert of("EXPOSE") == [str(given["port"])]
