@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # For a CPU. With `--build-arg TORCH_INDEX=https://pypi.org/simple` for an NVIDIA GPU: PyPI's torch for Linux has CUDA.
 FROM python:3.12-slim
 

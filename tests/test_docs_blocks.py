@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app
 from dylora_moe.report import page
+from dylora_moe.skills.background import background_texts
 from pages import (
     ADDRESS,
     FENCE,
@@ -234,6 +235,7 @@ def run(command: str) -> None:
 def test_serving_runs(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dylora_moe.model.background_texts", lambda: background_texts()[:20])
     furnish_adapters(tmp_path, base)
     names: dict[str, Any] = {"__name__": "page"}
     answers = []
