@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,18 @@ from typer.testing import CliRunner
 from dylora_moe import DyLoraMoE
 from dylora_moe.cli import app
 from dylora_moe.report import page
-from pages import FENCE, PAGES, ROOT, blocks, furnish, furnish_adapters, furnish_recipes
+from dylora_moe.skills.background import background_texts
+from pages import (
+    ADDRESS,
+    FENCE,
+    PAGES,
+    ROOT,
+    background,
+    blocks,
+    furnish,
+    furnish_adapters,
+    furnish_recipes,
+)
 from tinybase import save_tiny_base
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,11 +51,14 @@ NOT_RUN = {
     "dylora-moe bench --plan gpu-prefill": "needs a GPU",
     "dylora-moe bench --work train": "takes minutes",
     "benchmarks/gpu.sh": "needs a GPU",
+    "docker": "needs Docker",
     "make": "the targets are checked",
     "pip install": "the extras are checked",
     "vllm serve": "needs vLLM",
 }
 """How a block of Python or a command begins → why it is checked for its names and arguments only."""
+SERVING = ROOT / "docs" / "serving.md"
+"""Its commands and its Python go together, with a server beside them."""
 ELSEWHERE = {"bitsandbytes", "lm_eval"}
 """Modules that need not be installed."""
 
@@ -87,7 +103,9 @@ def given(page: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("file", [file for file in PAGES if blocks(file, "python")], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file for file in PAGES if blocks(file, "python") and file != SERVING], ids=lambda file: file.stem
+)
 def test_python_runs(file, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     furnish(tmp_path, base)
@@ -129,7 +147,12 @@ def test_an_argument_that_there_is_not_is_found():
 
 def commands(file: Path) -> list[str]:
     """The commands of a page's blocks, without comments."""
-    lines = [line for block in blocks(file, "bash") for line in block.text.replace("\\\n", "").splitlines()]
+    return [command for block in blocks(file, "bash") for command in commands_of(block.text)]
+
+
+def commands_of(text: str) -> list[str]:
+    """Those of one block."""
+    lines = text.replace("\\\n", "").splitlines()
     return [words for line in lines if (words := shlex.join(shlex.split(line, comments=True)))]
 
 
@@ -158,7 +181,12 @@ def check(command: str) -> None:
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*?)\]", command)))) <= extras.keys(), command
-    elif program != "vllm":
+    elif program == "docker":
+        arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        assert set(re.findall(r"--build-arg (\w+)=", command)) <= set(arguments), command
+        if "dylora-moe serve" in command:
+            check(command[command.index("dylora-moe serve") :])
+    elif program not in ("curl", "vllm"):
         assert (ROOT / program).is_file(), command
 
 
@@ -187,13 +215,54 @@ def test_commands_run(draw, base, tmp_path, monkeypatch):
     furnish_recipes(tmp_path, base)
     if not draw:
         monkeypatch.setattr(page, "write_report", lambda folder: folder / "report.html")
-    for file in PAGES:
-        for command in commands(file):
-            if not_run(command) is None:
-                program, *words = shlex.split(command.replace("train.max_steps=60", "train.max_steps=3"))
-                assert program == "dylora-moe", command
-                done = CliRunner().invoke(app, words)
-                assert done.exit_code == 0, f"{file.name}: {command}: {done.output} {done.exception!r}"
+    with background(monkeypatch):
+        for file in PAGES:
+            for command in commands(file) if file != SERVING else ():
+                if not_run(command) is None:
+                    run(command.replace("train.max_steps=60", "train.max_steps=3"))
+
+
+def run(command: str) -> None:
+    """Run a command of ours; a server goes on beside what follows."""
+    program, *words = shlex.split(command)
+    assert program == "dylora-moe", command
+    port = ["--port", "0"] if words[0] == "serve" else []
+    done = CliRunner().invoke(app, [*words, *port])
+    assert done.exit_code == 0, f"{command}: {done.output} {done.exception!r}"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_serving_runs(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DYLORA_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("dylora_moe.model.background_texts", lambda: background_texts()[:20])
+    furnish_adapters(tmp_path, base)
+    names: dict[str, Any] = {"__name__": "page"}
+    answers = []
+    with background(monkeypatch) as servers:
+        for block in blocks(SERVING, "bash", "python"):
+            if block.language == "python":
+                exec(compile(block.text.replace(ADDRESS, servers.url), f"serving.md: {block.key}", "exec"), names)
+                continue
+            for command in commands_of(block.text):
+                program, *words = shlex.split(command)
+                if program == "curl":
+                    answers.append(servers.curl(words))
+                elif not_run(command) is None:
+                    run(command)
+    assert "no model 'ours:cooking'; there are ours, ours:base, ours:sql, ours:law." in capsys.readouterr().out
+    assert names["forced"].model == "ours:sql"
+    assert {weight for token in names["choice"].routing for weight in token["weights"]} <= {"sql", "law", "base"}
+    assert names["chunk"].usage.completion_tokens
+    chat, experts, texts, health, metrics, novelty, added, renamed, removed, learning = answers
+    assert json.loads(chat)["model"] == json.loads(experts)["model"] == "ours"
+    assert len(json.loads(texts)["choices"]) == 2
+    assert json.loads(health) == {"status": "ok"}
+    assert 'dylora_moe_expert_tokens_total{expert="law"}' in metrics
+    assert json.loads(novelty)["data"][0]["nearest"]
+    found = [[each["id"] for each in json.loads(answer)["data"]] for answer in (added, renamed, removed)]
+    assert found == [["sql", "law", last, "base"] if last else ["sql", "law", "base"] for last in ("sums", "math", "")]
+    assert json.loads(learning)["status"] == "running"
 
 
 def test_strangers_adapters_are_routed_by_the_recipe_of_the_page(base, tmp_path, monkeypatch):
