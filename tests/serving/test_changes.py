@@ -126,9 +126,15 @@ def test_removal_waits_for_those_forced_to_it(live: Live):
     asking.start()
     while not engine.live:
         time.sleep(0.001)
-    removed = call(live, "DELETE", "/experts/sql")
+    removed = []
+    removing = threading.Thread(target=lambda: removed.append(call(live, "DELETE", "/experts/sql")))
+    removing.start()
+    while not engine.leaving:
+        time.sleep(0.001)
+    assert ask(live, f"{NAME}:sql").status_code == 404  # while it still answers
+    removing.join()
     asking.join()
-    assert removed.status_code == 200
+    assert removed[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 150
     assert ask(live, f"{NAME}:sql").status_code == 404
     assert names(live) == [name for name in NAMES if name != "sql"]

@@ -161,7 +161,7 @@ class Engine:
         model = self.model
         request.check(self._passes.config.vocab_size, self.slot_length)
         check_experts(request.expert, model.expert_names, None)
-        if any(request.expert in change.leaving for change in list(self._changes)):
+        if request.expert in self.leaving:
             raise ValueError(f"expert {request.expert!r} is being removed; it takes no new request.")
         if request.expert is None and len(model.experts.masked) == model.router.num_outputs:
             raise ValueError(f"no expert is routed yet; force one of {', '.join(model.expert_names)}.")
@@ -198,6 +198,11 @@ class Engine:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait, at most so many seconds, until there is something to do for `step`; whether there is."""
         return self._work.wait(timeout)
+
+    @property
+    def leaving(self) -> set[str]:
+        """The experts that are being removed; they take no new request."""
+        return {name for change in list(self._changes) for name in change.leaving}
 
     @property
     def live(self) -> int:

@@ -80,8 +80,8 @@ class Service:
 
     def models(self) -> dict[str, str | None]:
         """Model name → expert to force, None for the routed mixture."""
-        names = {self.name: None, f"{self.name}:{BASE}": BASE}
-        return names | {f"{self.name}:{expert}": expert for expert in self.model.expert_names}
+        names, leaving = {self.name: None, f"{self.name}:{BASE}": BASE}, self.engine.leaving
+        return names | {f"{self.name}:{name}": name for name in self.model.expert_names if name not in leaving}
 
     def expert_of(self, model: str) -> str | None:
         """The expert that a model name forces, None for the routed mixture.
