@@ -35,6 +35,8 @@ CHANGEABLE = {
     "recompute_shrink",
 }
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+LONGEST_NAME = 100
+"""Letters of an expert's name at most: disks allow 255 bytes for a folder, and what is being written has a suffix."""
 _RESERVED_NAMES = {"base", "default", "weight", "bias"}
 
 
@@ -239,7 +241,11 @@ def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: 
     part of any module path of `base`.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"expert name {name!r}: use a letter, then letters, digits, '_' or '-'.")
+        raise ValueError(f"expert name {name!r:.200}: use a letter, then letters, digits, '_' or '-'.")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"expert name {name[:20]!r}… has {len(name)} letters; a folder is called so, take {LONGEST_NAME} at most."
+        )
     if name in taken:
         raise ValueError(f"expert {name!r} exists already; the experts are {', '.join(taken)}.")
     for other in taken:

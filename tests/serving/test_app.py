@@ -15,7 +15,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from dylora_moe.serving.app import create_app
+from dylora_moe.serving.app import _event, create_app
 from dylora_moe.serving.engine import Engine
 from dylora_moe.serving.guard import Limits
 from dylora_moe.serving.request import Request
@@ -139,7 +139,10 @@ def test_logprobs(client: openai.OpenAI):
         assert sum(math.exp(each.logprob) for each in one.top_logprobs) <= 1 + 1e-6
     text = client.completions.create(model=NAME, prompt="abcdef", max_tokens=8, temperature=0, logprobs=2).choices[0]
     assert text.logprobs.token_logprobs == pytest.approx([one.logprob for one in found], abs=1e-5)
-    assert text.logprobs.text_offset[0] == 0
+    sampled = client.completions.create(model=NAME, prompt="abc", max_tokens=60, temperature=3, seed=7, logprobs=0)
+    given = sampled.choices[0]
+    for token, offset in zip(given.logprobs.tokens, given.logprobs.text_offset, strict=True):
+        assert len(token) > 1 or given.text[offset] == token  # a part of a character has its own form
     assert len(text.logprobs.top_logprobs) == 8
 
 
@@ -216,6 +219,44 @@ def test_bodies_that_are_none(live: Live):
         assert answer.json()["error"]["message"]
     assert httpx.get(f"{live.url}/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{live.url}/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [0] * 50_000},
+        {"messages": [{"role": "user", "content": [0] * 50_000}]},
+        {"prompt": [[]] * 50_000},
+        {"prompt": [{}] * 50_000},
+        {"prompt": ["a"] * 50_000},
+        {"prompt": "a" * 900_000},
+        {"stop": [0] * 50_000},
+    ],
+)
+def test_what_is_wrong_many_times_over_costs_no_more(live: Live, wrong: dict[str, Any]):
+    path = "completions" if "prompt" in wrong else "chat/completions"
+    started = time.perf_counter()
+    answer = httpx.post(f"{live.url}/v1/{path}", json={**ASKED, **wrong}, timeout=60)
+    assert answer.status_code == 400
+    assert time.perf_counter() - started < 0.5
+
+
+def test_a_body_that_ends_too_early_is_not_taken(live: Live):
+    def prompt_tokens() -> str:
+        lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+        return next(line for line in lines if line.startswith("dylora_moe_prompt_tokens_total"))
+
+    def gone() -> bool:
+        return 'path="other",status="499"' in httpx.get(f"{live.url}/metrics").text
+
+    before, body = prompt_tokens(), json.dumps(ASKED).encode()
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        client.sendall(head.encode() + f"Content-Length: {len(body) + 1}\r\n\r\n".encode() + body)
+        time.sleep(0.1)
+    wait_until(gone)
+    assert prompt_tokens() == before
 
 
 def test_files_of_the_machine_are_not_served(live: Live):
@@ -334,8 +375,15 @@ def test_the_key(tmp_path):
             f"{url}/completions", content=dripping(), headers={"authorization": "Bearer secret", **JSON}
         )
         assert answer.status_code == 413
-        with pytest.raises(openai.RateLimitError):  # four slots and no queue
+        with pytest.raises(openai.BadRequestError, match="at most 4 are taken"):  # four slots and no queue
             client.completions.create(model=NAME, prompt=["abc"] * 5, max_tokens=4)
+        served.service.engine.eos = frozenset()
+        with client.completions.create(model=NAME, prompt=["abc"] * 4, max_tokens=190, stream=True) as busy:
+            next(iter(busy))
+            with pytest.raises(openai.RateLimitError):
+                client.completions.create(model=NAME, prompt="abc", max_tokens=4)
+        wait_until(lambda: not served.service.worker.open_answers)
+        assert client.completions.create(model=NAME, prompt="abc", max_tokens=4).choices
 
 
 def test_the_engine_fails(tmp_path):
@@ -372,3 +420,9 @@ def test_a_request_says_what_the_engine_would(live: Live):
     with pytest.raises(ValueError, match="do not fit"):
         live.service.engine.admit(Request((1,) * 150, 100))
     assert live.service.engine.waiting == 0
+
+
+def test_ends_of_lines_within_an_event_are_escaped():
+    event = _event('{"text":"a\x85b\u2028c\u2029"}').encode().decode()
+    assert len(event.splitlines()) == 2
+    assert json.loads(event.removeprefix("data: ")) == {"text": "a\x85b\u2028c\u2029"}

@@ -7,17 +7,20 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dylora_moe import DyLoraMoE
 from dylora_moe.serving.changes import Changes
 from dylora_moe.serving.guard import Limits
 from dylora_moe.serving.service import Service
+from dylora_moe.training.run.lock import FolderLock
 from serving.live import KEY, NAME, Live, live_server, tiny_checkpoint
 from topics import NAMES, texts
 
@@ -31,6 +34,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixture = DyLoraMoE.from_pretrained(str(tiny_checkpoint(place, taught=True)))
     mixture.export_expert("sql", place / "adapters" / "spider")
     (place / "adapters" / "broken").mkdir()
+    shutil.copytree(place / "adapters" / "spider", place / "adapters" / "half")
+    weights = place / "adapters" / "half" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, weights)
     return place
 
 
@@ -96,6 +104,8 @@ def test_add_rename_remove(live: Live):
         ("POST", "/experts", {"name": "x", "adapter": "../tiny"}, 400, "spider"),
         ("POST", "/experts", {"name": "x", "adapter": "/etc"}, 400, "spider"),
         ("POST", "/experts", {"name": "x", "adapter": "broken"}, 400, "adapter_config.json"),
+        ("POST", "/experts", {"name": "x" * 101, "adapter": "spider"}, 400, "100 at most"),
+        ("POST", "/experts", {"name": "x", "adapter": "half"}, 400, "tensors missing"),
         ("DELETE", "/experts/nothing", None, 404, "there are"),
         ("POST", "/experts/sql/rename", {"to": "law"}, 400, "exists already"),
         ("POST", "/learn", {"name": "sql", "rows": [{"prompt": "a"}]}, 400, "exists already"),
@@ -132,6 +142,8 @@ def test_removal_waits_for_those_forced_to_it(live: Live):
     while not engine.leaving:
         time.sleep(0.001)
     assert ask(live, f"{NAME}:sql").status_code == 404  # while it still answers
+    with pytest.raises(ValueError, match="another process"):
+        FolderLock(live.folder).hold().__enter__()
     removing.join()
     asking.join()
     assert removed[0].status_code == 200
@@ -148,6 +160,35 @@ def test_a_checkpoint_that_others_changed(live: Live):
     assert answer.status_code == 409
     assert "restart" in answer.json()["error"]["message"]
     assert names(live) == mixture.expert_names
+
+
+def test_a_checkpoint_that_others_change_while_a_removal_waits(live: Live):
+    engine = live.service.engine
+    engine.eos = frozenset()
+    mixture = DyLoraMoE.from_pretrained(str(live.folder))
+    mixture.rename_expert("law", "contracts")
+    asking = threading.Thread(target=ask, args=(live, f"{NAME}:sql"), kwargs={"max_tokens": 190})
+    with ThreadPoolExecutor(1) as pool:
+        asking.start()
+        while not engine.live:
+            time.sleep(0.001)
+        with live.service.model.holder.lock.turn():  # the engine stands still
+            removing = pool.submit(call, live, "DELETE", "/experts/sql")
+            while not engine.leaving:
+                time.sleep(0.001)
+            mixture.save_pretrained(live.folder)
+        assert removing.result().status_code == 409
+    asking.join()
+    assert live.service.model.expert_names == list(NAMES)
+    assert names(live) == mixture.expert_names
+
+
+def test_a_checkpoint_that_another_process_holds(live: Live):
+    with FolderLock(live.folder).hold():
+        answer = call(live, "DELETE", "/experts/sql")
+    assert answer.status_code == 409
+    assert live.service.model.expert_names == list(NAMES)
+    assert call(live, "DELETE", "/experts/sql").status_code == 200
 
 
 def test_a_folder_that_cannot_be_written(unchanged: Live, tmp_path: Path):

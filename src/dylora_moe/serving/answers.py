@@ -5,6 +5,7 @@ What they do not know is our `routing`: for every token the weights of the pass 
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ class TextForm(Form):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._offsets: dict[int, int] = {}
+        self._read: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}  # so many letters of each answer
 
     def whole(self, answers: Sequence[Answer], written: int) -> str:
         choices = [self._choice(each.index, each.text, each.tokens, each.finish_reason) for each in answers]
@@ -198,10 +199,12 @@ class TextForm(Form):
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> Logprobs | None:
         if not self.logprobs:
             return None
+        decoder, letters = self._read.get(index) or (codecs.getincrementaldecoder("utf-8")("ignore"), 0)
         offsets = []
         for token in tokens:
-            offsets.append(self._offsets.setdefault(index, 0))
-            self._offsets[index] += len(text_of(token.bytes))
+            offsets.append(letters)
+            letters += len(decoder.decode(token.bytes))
+        self._read[index] = decoder, letters
         return Logprobs(
             tokens=[text_of(token.bytes) for token in tokens],
             token_logprobs=[_finite(token.logprob) for token in tokens],

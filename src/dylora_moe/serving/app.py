@@ -23,7 +23,7 @@ from . import request as engine
 from .answers import Answer, ChatForm, Form, TextForm
 from .changes import Changes, add_routes
 from .errors import ApiError, add_handlers
-from .guard import Guard, Limits
+from .guard import GONE, Guard, Limits
 from .metrics import Metrics
 from .schemas import Asked, ChatAsked, CompletionAsked, NoveltyAsked
 from .service import Service
@@ -31,6 +31,8 @@ from .worker import Answers, Failed
 
 STATIC = Path(__file__).parent / "static"
 SEPARATOR = "\n"  # of server-sent events
+LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+"""What JSON leaves as it is and many a client takes for the end of a line → its escape."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": what}
     for status, what in {
@@ -179,6 +181,9 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
     async def complete(asked: CompletionAsked, http: Request) -> Response:
         """Go on from a text, or from each of several."""
         expert = service.expert_of(asked.model)
+        most = service.engine.slots + limits.queue
+        if len(asked.prompts) > most:
+            raise ApiError(400, f"{len(asked.prompts)} prompts; at most {most} are taken at a time.", "prompt")
         requests = []
         for prompt in asked.prompts:
             ids = await service.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -217,7 +222,7 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=GONE)  # nobody reads it
             await task
         except Failed as error:
             raise _failed(error) from error
@@ -254,16 +259,20 @@ async def _chunks(
     try:
         for index in range(count):
             if (first := form.first(index)) is not None:
-                yield ServerSentEvent(first, sep=SEPARATOR)
+                yield _event(first)
         async for index, event in events:
-            yield ServerSentEvent(form.chunk(index, event), sep=SEPARATOR)
+            yield _event(form.chunk(index, event))
         if (last := form.last(written())) is not None:
-            yield ServerSentEvent(last, sep=SEPARATOR)
+            yield _event(last)
     except Failed as error:
-        yield ServerSentEvent(json.dumps(_failed(error).body), sep=SEPARATOR)
+        yield _event(json.dumps(_failed(error).body))
     finally:
         await events.aclose()
-    yield ServerSentEvent("[DONE]", sep=SEPARATOR)
+    yield _event("[DONE]")
+
+
+def _event(data: str) -> ServerSentEvent:
+    return ServerSentEvent(data.translate(LINE_ENDS), sep=SEPARATOR)
 
 
 def _request(

@@ -10,12 +10,13 @@ import asyncio
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ TOLD = 20
 """How many of the last lines of a process are told."""
 KEPT = 100
 """How many finished jobs are remembered."""
+PATH = re.compile(r"(?<![\w.~/:<-])/(?:[^\s/'\"]+/)+")
+"""The folders of an absolute path, without its last part; no part of a URL."""
 PATIENCE = 30.0
 """Seconds that a process has to end when the server does."""
 
@@ -107,6 +110,12 @@ class Changes:
         for task in self._tasks:
             task.cancel()
 
+    def kill(self) -> None:
+        """End what is going on at once, where nothing can be waited for any more."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
     # ------------------------------------------------------------------ what can be done
 
     async def add(self, asked: ExpertAsked) -> None:
@@ -125,8 +134,7 @@ class Changes:
                     raise ApiError(400, done.told, code="import_failed")
                 await self._follow()
             else:
-                await self._change(lambda: self.service.model.add_expert(asked.name, adapter))
-                await self._save()
+                await self._change_and_save(lambda: self.service.model.add_expert(asked.name, adapter))
 
     async def remove(self, name: str) -> None:
         """Take an expert out, when the requests that are forced to it have ended.
@@ -137,8 +145,11 @@ class Changes:
         self._check_known(name)
         async with self._alone():
             self._check_known(name)
-            await self._change(lambda: self.service.model.remove_expert(name), [name])
-            await self._save()
+            try:
+                self.service.model.experts.rest_without(name)
+            except ValueError as error:
+                raise ApiError(400, str(error), "name") from error
+            await self._change_and_save(lambda: self.service.model.remove_expert(name), [name])
 
     async def rename(self, name: str, to: str) -> None:
         """Give an expert another name; requests to the old one end as they began.
@@ -150,8 +161,7 @@ class Changes:
         self._check_name(to)
         async with self._alone():
             self._check_known(name)
-            await self._change(lambda: self.service.model.rename_expert(name, to))
-            await self._save()
+            await self._change_and_save(lambda: self.service.model.rename_expert(name, to))
         self.service.written[to] += self.service.written.pop(name, 0.0)
 
     def learn(self, asked: LearnAsked, noted: Callable[[str], None]) -> Job:
@@ -213,11 +223,18 @@ class Changes:
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        if self._stamp() != self._seen and not self._one.locked():
+        if not self._one.locked():
+            self._check_stamp()
+
+    def _check_stamp(self) -> None:
+        if self._stamp() != self._seen:
             raise ApiError(409, "the checkpoint was changed by others; restart the server to serve it.", code="changed")
 
-    def _stamp(self) -> tuple[int, int]:
-        found = (self.folder / CONFIG_FILE).stat()
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = (self.folder / CONFIG_FILE).stat()
+        except FileNotFoundError:
+            return None
         return found.st_ino, found.st_mtime_ns
 
     def _check_name(self, name: str) -> None:
@@ -250,11 +267,28 @@ class Changes:
         except (ValueError, OSError) as error:
             raise ApiError(400, self._without_paths(str(error))) from error
 
+    async def _change_and_save(self, do: Callable[[], Any], leaving: Sequence[str] = ()) -> None:
+        """Change the mixture and bring the checkpoint up to date; nobody else writes to it from before until after."""
+
+        def unless_changed() -> None:
+            self._check_stamp()  # by who takes no lock, while this waited
+            do()
+
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(FolderLock(self.folder).hold())
+            except ValueError as error:
+                busy = "another process is changing the checkpoint; try again when it has ended."
+                raise ApiError(409, busy, code="changed") from error
+            except OSError as error:
+                logger.exception("the checkpoint cannot be written")
+                raise ApiError(500, "the checkpoint cannot be written; the log has the reason.") from error
+            await self._change(unless_changed, leaving)
+            await self._save()
+
     async def _save(self) -> None:
-        """Bring the checkpoint up to date."""
         try:
-            with FolderLock(self.folder).hold():
-                await asyncio.to_thread(self.service.model.save_pretrained, self.folder)
+            await asyncio.to_thread(self.service.model.save_pretrained, self.folder)
         except (ValueError, OSError) as error:
             logger.exception("the changed mixture could not be saved")
             raise ApiError(500, "the change is in force, but could not be saved; the log has the reason.") from error
@@ -294,13 +328,15 @@ class Changes:
                 self._process = None
         logger.info("%s: exit status %s\n%s", command, process.returncode, output)
         told = "\n".join(line.rstrip() for line in output.splitlines() if line.strip())
-        return _Done(process.returncode or 0, self._without_paths(told.replace(work, ""), TOLD))
+        told = self._without_paths(told.replace(work, ""), TOLD) or f"it ended with {process.returncode}"
+        return _Done(process.returncode or 0, told)
 
     def _without_paths(self, text: str, lines: int | None = None) -> str:
         """A message that tells nothing of where things lie on this machine."""
         for folder, name in ((self.adapters, "ADAPTERS"), (self.folder, "DIRECTORY"), (Path.home(), "~")):
             if folder is not None:
                 text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
+        text = PATH.sub("", text)
         return "\n".join(text.splitlines()[-lines:]) if lines else text
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 console = Console(emoji=False)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LAST_WORDS = 2
+"""Seconds after `--drain` in which those who still wait are told that nothing more comes."""
 
 
 def serve(
@@ -71,9 +73,11 @@ def serve(
         limits = Limits(api_key, max_body, max_connections, max_queue)
         name = served_model_name or Path(directory).resolve().name
         with console.status(f"Loading {directory}"):
-            app = _app(directory, base, name, limits, slots, slot_length, chunk, device, dtype, allow_changes, adapters)
+            app, service, changes = _app(
+                directory, base, name, limits, slots, slot_length, chunk, device, dtype, allow_changes, adapters
+            )
         AppStatus.disable_automatic_graceful_drain()  # streams end by themselves, within --drain
-        _run(app, listening, host, drain, name)
+        _run(app, service, changes, listening, host, drain, name)
     finally:
         listening.close()
 
@@ -98,7 +102,7 @@ def _app(
     dtype: str | None,
     allow_changes: bool,
     adapters: Path | None,
-) -> Any:
+) -> tuple[Any, Any, Any]:
     import torch
 
     from dylora_moe.session import Session
@@ -108,19 +112,26 @@ def _app(
     from .engine import Engine
     from .service import Service
 
+    if dtype not in (None, "auto") and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: auto, float32, bfloat16 or float16 is needed.")
     session = Session(directory, base, **({} if dtype is None else {"dtype": dtype}))
     session.model.chat = session.chat  # older checkpoints say it in a recipe
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else str(found)
-    session.model.to(device)
+    try:
+        session.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     service = Service(session, name, Engine(session.model, session.tokenizer, slots, slot_length, chunk))
     changes = Changes(service, Path(directory), adapters, base) if allow_changes else None
-    return create_app(service, limits, changes)
+    return create_app(service, limits, changes), service, changes
 
 
-def _run(app: Any, listening: socket.socket, host: str, drain: int, name: str) -> None:
+def _run(app: Any, service: Any, changes: Any, listening: socket.socket, host: str, drain: int, name: str) -> None:
     import uvicorn
+
+    from .server import Server
 
     port = listening.getsockname()[1]
     if host not in LOOPBACK:
@@ -135,8 +146,8 @@ def _run(app: Any, listening: socket.socket, host: str, drain: int, name: str) -
     config = uvicorn.Config(
         app,
         log_level="info" if verbose else "warning",
-        timeout_graceful_shutdown=drain,
+        timeout_graceful_shutdown=drain + LAST_WORDS,
         ws="none",
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config, service, changes, drain).run(sockets=[listening])

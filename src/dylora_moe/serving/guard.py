@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .metrics import Metrics
 
+GONE = 499
+"""The status of what nobody waits for any more, which is counted only."""
 ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 CONTENT_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 
@@ -75,7 +77,11 @@ class Guard:
                 self._check(headers)
                 self._open += 1
             try:
-                await self.app(scope, await self._read(receive), sending)
+                body = await self._read(receive)
+                if body is None:
+                    status = GONE
+                else:
+                    await self.app(scope, body, sending)
             finally:
                 self._open -= guarded
         except ApiError as error:
@@ -99,13 +105,13 @@ class Guard:
         if length.isdigit() and int(length) > self.limits.body:
             raise self._too_large()
 
-    async def _read(self, receive: Receive) -> Receive:
-        """Read the body, and give it to whoever receives next."""
+    async def _read(self, receive: Receive) -> Receive | None:
+        """Read the body, and give it to whoever receives next; None where it ends too early."""
         parts, size, more = [], 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                return None
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self.limits.body:

@@ -8,10 +8,14 @@ from torch import Tensor
 FEW = 256
 """So many of the best tokens usually hold all of `top_p`; to sort the whole vocabulary takes longer than a pass."""
 
+LEAST = 1e-30
+"""A temperature that a float32 can be divided by: the best token is as good as sure."""
+
 
 def sampled(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """A token drawn by `logits [V]` at `temperature` above 0, among the fewest whose probabilities sum to `top_p`."""
-    shares = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    shares = ((logits - logits.max()) / max(temperature, LEAST)).softmax(-1)
     if top_p == 1:
         return _drawn(shares, generator)
     best, ids = shares.topk(min(FEW, len(shares)))

@@ -50,6 +50,8 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+SEVERAL = Field(min_length=1, fail_fast=True)
+"""Of a list: one wrong item is enough, for a list of errors may need a thousand times the memory of the body."""
 
 
 class StreamOptions(BaseModel):
@@ -67,7 +69,7 @@ class Asked(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-SEED, le=SEED)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     routing: bool | None = False
@@ -102,7 +104,7 @@ class Message(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -113,7 +115,7 @@ class Message(BaseModel):
 class ChatAsked(Asked):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], SEVERAL]
     max_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
     logprobs: bool | None = False
@@ -131,9 +133,9 @@ class CompletionAsked(Asked):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[Text], SEVERAL]
+        | Annotated[list[int], SEVERAL]
+        | Annotated[list[Annotated[list[int], SEVERAL]], SEVERAL]
     )
     max_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
@@ -151,8 +153,8 @@ class CompletionAsked(Asked):
 class NoveltyAsked(BaseModel):
     """The body of `/v1/novelty`: texts, or one conversation."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=16, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], SEVERAL] | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> NoveltyAsked:
@@ -173,7 +175,7 @@ class ExpertAsked(BaseModel):
 
     name: Text
     adapter: Text
-    rows: list[RowAsked] | None = None
+    rows: Annotated[list[RowAsked], Field(fail_fast=True)] | None = None
 
 
 class RenameAsked(BaseModel):
@@ -186,6 +188,6 @@ class LearnAsked(BaseModel):
     """The body of `POST /v1/learn`."""
 
     name: Text
-    rows: Annotated[list[RowAsked], Field(min_length=1)]
+    rows: Annotated[list[RowAsked], SEVERAL]
     everything: bool = False
     steps: Annotated[int, Field(ge=1, le=100_000)] | None = None

@@ -51,6 +51,8 @@ class Service:
         self.temperature = 0.0 if not sampled else 1.0 if own.temperature is None else own.temperature
         self.top_p = 1.0 if not sampled or own.top_p is None else own.top_p
         self.ready = False
+        longest = max(map(len, self.tokenizer.get_vocab()))
+        self._most_letters = engine.slot_length * longest  # no token stands for more letters than its piece has
         self._tokenizing = asyncio.Lock()  # a fast tokenizer is not to be used by two threads at once
         self._reader = copy.deepcopy(session.tokenizer)  # novelty's own
         self._looking = asyncio.Lock()
@@ -158,6 +160,14 @@ class Service:
             else:
                 example = Example(self.model.skills.separator.join(message.text for message in prompt), "")
         param = "prompt" if isinstance(prompt, str) else "messages"
+        letters = len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
+        if letters > self._most_letters:  # to read it would keep the others' prompts waiting
+            raise ApiError(
+                400,
+                f"a prompt of {letters} letters does not fit into the {self.engine.slot_length} tokens that are "
+                "served; shorten it.",
+                param,
+            )
         if not example.prompt:
             raise ApiError(400, "the prompt is empty; there is nothing to go on from.", param)
         async with self._tokenizing:

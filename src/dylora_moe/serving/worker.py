@@ -66,6 +66,11 @@ class Worker:
             await asyncio.to_thread(self._thread.join)
         self._fail("the server is shutting down")
 
+    def give_up(self) -> None:
+        """Begin to stop: whoever waits gets `Failed` now."""
+        self._stopping = True
+        self._fail("the server is shutting down")
+
     @property
     def open_answers(self) -> int:
         """How many requests somebody waits for."""
