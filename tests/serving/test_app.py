@@ -14,11 +14,13 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from dylora_moe.serving.app import _event, create_app
 from dylora_moe.serving.engine import Engine
 from dylora_moe.serving.guard import Limits
 from dylora_moe.serving.request import Request
+from dylora_moe.serving.schemas import ChatAsked, CompletionAsked, ExpertAsked, LearnAsked, NoveltyAsked
 from dylora_moe.serving.service import Service
 from dylora_moe.session import Session
 from serving.live import NAME, Live, live_server, tiny_checkpoint
@@ -222,23 +224,36 @@ def test_bodies_that_are_none(live: Live):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("form", "wrong"),
     [
-        {"messages": [0] * 50_000},
-        {"messages": [{"role": "user", "content": [0] * 50_000}]},
-        {"prompt": [[]] * 50_000},
-        {"prompt": [{}] * 50_000},
-        {"prompt": ["a"] * 50_000},
-        {"prompt": "a" * 900_000},
-        {"stop": [0] * 50_000},
+        (ChatAsked, {"messages": [0] * 1000}),
+        (ChatAsked, {"messages": [{"role": "user", "content": [0] * 1000}]}),
+        (CompletionAsked, {"prompt": [[]] * 1000}),
+        (CompletionAsked, {"prompt": [{}] * 1000}),
+        (CompletionAsked, {"prompt": [[{}] * 1000] * 1000}),
+        (ChatAsked, {"stop": [0] * 1000}),
+        (NoveltyAsked, {"input": [0] * 1000}),
+        (LearnAsked, {"name": "a", "rows": [0] * 1000}),
+        (ExpertAsked, {"name": "a", "adapter": "a", "rows": [{}] * 1000}),
     ],
 )
-def test_what_is_wrong_many_times_over_costs_no_more(live: Live, wrong: dict[str, Any]):
-    path = "completions" if "prompt" in wrong else "chat/completions"
-    started = time.perf_counter()
-    answer = httpx.post(f"{live.url}/v1/{path}", json={**ASKED, **wrong}, timeout=60)
-    assert answer.status_code == 400
-    assert time.perf_counter() - started < 0.5
+def test_what_is_wrong_many_times_over_is_said_once(form: type[BaseModel], wrong: dict[str, Any]):
+    with pytest.raises(ValidationError) as error:
+        form.model_validate({**ASKED, **wrong})
+    assert error.value.error_count() < 10
+
+
+def test_prompts_that_cannot_fit_are_refused_before_they_are_read(live: Live, monkeypatch: pytest.MonkeyPatch):
+    def read(*_: Any) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("dylora_moe.serving.service.encode_prompt", read)
+    for prompt, message in ((["a"] * 300, "300 prompts"), ("a" * 2000, "2000 letters"), ([["a"], "b"], "prompt")):
+        answer = httpx.post(f"{live.url}/v1/completions", json={"model": NAME, "prompt": prompt})
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]
+    long = {**ASKED, "messages": [{"role": "user", "content": "a" * 700}] * 3}
+    assert "2100 letters" in httpx.post(f"{live.url}/v1/chat/completions", json=long).json()["error"]["message"]
 
 
 def test_a_body_that_ends_too_early_is_not_taken(live: Live):

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -65,6 +67,29 @@ def test_it_serves_and_lets_running_answers_end(folder: Path):
         process.communicate()
 
 
+def test_it_says_when_it_lets_nobody_end(folder: Path):
+    process, url = started(folder, "--drain", "0", "--slots", "1")
+
+    def ask(stream: bool) -> httpx.Response:
+        asked = {"model": "tiny:sql", "prompt": ["abc"] * 60, "max_tokens": 240, "temperature": 1, "stream": stream}
+        return httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            whole, streamed = pool.submit(ask, False), pool.submit(ask, True)
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+        assert whole.result().status_code == 503
+        assert "shutting down" in whole.result().json()["error"]["message"]
+        lines = [line.removeprefix("data: ") for line in streamed.result().text.splitlines() if line]
+        assert "shutting down" in json.loads(lines[-2])["error"]["message"]
+        assert lines[-1] == "[DONE]"
+        assert "Traceback" not in process.communicate(timeout=20)[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_what_cannot_be_served(folder: Path, tmp_path: Path):
     def message(*words: str) -> str:
         result = runner.invoke(app, ["serve", *words])
@@ -76,6 +101,8 @@ def test_what_cannot_be_served(folder: Path, tmp_path: Path):
         assert f"port {port}" in message(str(folder), "--port", port)
     assert "API key" in message(str(folder), "--port", "0", "--allow-changes")
     assert "--allow-changes only" in message(str(folder), "--adapters", str(tmp_path))
+    assert "--dtype nothing" in message(str(folder), "--port", "0", "--dtype", "nothing")
+    assert "--device nothing" in message(str(folder), "--port", "0", "--device", "nothing")
     assert "printable" in message(str(folder), "--api-key", "é")
     assert "positions" in message(str(folder), "--port", "0", "--slot-length", "100000")
     assert str(tmp_path / "nothing") in message(str(tmp_path / "nothing"), "--port", "0")

@@ -19,6 +19,13 @@ def test_shares_at_a_temperature():
     assert (counted(logits, 0.7, 1.0) - expected).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-40, 5e-324])
+def test_hardly_any_temperature_takes_the_best_token(temperature):
+    logits = torch.tensor([1.0, 40.0, 39.0, -1.0])
+    assert counted(logits, temperature, 1.0, 20)[1] == 1
+    assert counted(logits, temperature, 0.9, 20)[1] == 1
+
+
 @pytest.mark.parametrize("few", [256, 2])
 def test_only_the_fewest_best_tokens_that_sum_to_top_p(few, monkeypatch):
     monkeypatch.setattr(sampling, "FEW", few)
