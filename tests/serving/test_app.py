@@ -161,6 +161,14 @@ def test_seeds_and_stops(client: openai.OpenAI):
     assert cut.finish_reason == "stop"
 
 
+def test_stops_of_a_chat_are_looked_for_in_what_is_shown(live: Live, client: openai.OpenAI, monkeypatch):
+    admitted, admit = [], live.service.engine.admit
+    monkeypatch.setattr(live.service.engine, "admit", lambda request: admitted.append(request) or admit(request))
+    client.chat.completions.create(**ASKED, stop=["\n"])
+    client.completions.create(model=NAME, prompt="abc", max_tokens=1, stop=["\n"])
+    assert [request.stop_past_blanks for request in admitted] == [True, False]
+
+
 def test_several_prompts(live: Live, client: openai.OpenAI):
     prompts = ["abc", "defg", "hij"]
     found = client.completions.create(model=NAME, prompt=prompts, max_tokens=5, temperature=0)

@@ -13,9 +13,9 @@ def token(content: bytes) -> Token:
     return Token(0, content, (1.0,), ("only",), "only")
 
 
-def grown(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], list[bytes]]:
+def grown(pieces: list[bytes], stops: tuple[str, ...] = (), past_blanks: bool = False) -> tuple[list[str], list[bytes]]:
     """The texts that come with each piece and at the end, and the bytes of the tokens beside each."""
-    stream, texts, tokens = TextStream(stops), [], []
+    stream, texts, tokens = TextStream(stops, past_blanks), [], []
     for piece in pieces:
         text, out, stopped = stream.add(token(piece))
         texts.append(text)
@@ -98,6 +98,20 @@ def test_a_token_without_text_comes_at_once():
 )
 def test_stop_strings(pieces, stops, text):
     assert "".join(grown(pieces, stops)[0]) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        ([b"\n", b"one", b"\n", b"two"], "\none"),
+        ([b" \none\n", b"two"], " \none"),
+        ([b"\n", b"\n\n"], "\n\n\n"),
+        ([b"\n", b"o", b" ", b"n"], "\no n"),
+    ],
+)
+def test_stop_strings_past_the_white_space_before_a_text(pieces, text):
+    assert "".join(grown(pieces, ("\n", " two"), past_blanks=True)[0]) == text
+    assert "".join(grown(pieces, ("\n",))[0]) == ("" if pieces[0][:1] == b"\n" else " ")
 
 
 def test_what_may_begin_a_stop_string_is_held_back():

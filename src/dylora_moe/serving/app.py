@@ -173,8 +173,9 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
         prompt = await service.encode(asked.messages)
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         limit = asked.max_completion_tokens or asked.max_tokens or max(service.engine.slot_length - len(prompt), 1)
-        requests = [_request(service, asked, prompt, expert, limit, logprobs)]
-        form = ChatForm(*_head("chatcmpl", asked, requests, logprobs), trimmed=not service.session.chat)
+        trimmed = not service.session.chat
+        requests = [_request(service, asked, prompt, expert, limit, logprobs, trimmed)]
+        form = ChatForm(*_head("chatcmpl", asked, requests, logprobs), trimmed=trimmed)
         return await respond(asked, requests, form, http)
 
     @app.post("/v1/completions", responses=ERRORS, response_model=None)
@@ -282,10 +283,11 @@ def _request(
     expert: str | None,
     limit: int,
     logprobs: int | None,
+    trimmed: bool = False,
 ) -> engine.Request:
     temperature = service.temperature if asked.temperature is None else asked.temperature
     top_p = service.top_p if asked.top_p is None else asked.top_p
-    return engine.Request(prompt, limit, expert, temperature, top_p, asked.seed, asked.stops, logprobs)
+    return engine.Request(prompt, limit, expert, temperature, top_p, asked.seed, asked.stops, logprobs, trimmed)
 
 
 def _head(

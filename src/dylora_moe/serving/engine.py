@@ -69,7 +69,14 @@ class _Running:
         generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         forced = request.expert not in (None, BASE)
         tensor = model.expert_tensors(str(request.expert))[0].tensor if forced else None
-        return cls(handle, generator, tensor, request.expert, list(request.prompt), TextStream(request.stop))
+        return cls(
+            handle,
+            generator,
+            tensor,
+            request.expert,
+            list(request.prompt),
+            TextStream(request.stop, request.stop_past_blanks),
+        )
 
     @property
     def written(self) -> int:

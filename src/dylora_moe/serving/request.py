@@ -25,6 +25,7 @@ class Request:
         seed: of the request's own generator; None draws one.
         stop: strings before which the text ends.
         logprobs: report each token's logarithmic probability and that of so many alternatives; None reports none.
+        stop_past_blanks: look for stop strings from the first letter on that is no white space.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    stop_past_blanks: bool = False
 
     def check(self, vocabulary: int, length: int) -> None:
         """Raise `ValueError` for values out of range.

@@ -74,12 +74,14 @@ class TextStream:
 
     Args:
         stops: strings before which the text ends.
+        past_blanks: look for them from the first letter on that is no white space.
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], past_blanks: bool = False):
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         self._held = ""
+        self._begun = not past_blanks
         self._released = 0  # letters
         self._waiting: deque[tuple[Token, int, int]] = deque()  # with the letters at which they begin and end
 
@@ -89,12 +91,14 @@ class TextStream:
         self._held += self._decoder.decode(token.bytes)
         split = bool(self._decoder.getstate()[0])
         self._waiting.append((token, start, self._released + len(self._held) + split))
-        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        first = 0 if self._begun else len(self._held) - len(self._held.lstrip())
+        self._begun = self._begun or first < len(self._held)
+        ends = [at for stop in self._stops if (at := self._held.find(stop, first)) >= 0]
         if ends:
             text = self._held[: min(ends)]
             end = self._released + len(text)
             return text, tuple(each for each, begins, _ in self._waiting if begins < end), True
-        kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        kept = max((_overlap(self._held[first:], stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         self._released += len(text)
         tokens = []
