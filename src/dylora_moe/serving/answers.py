@@ -6,6 +6,7 @@ What they do not know is our `routing`: for every token the weights of the pass 
 from __future__ import annotations
 
 import codecs
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Answer:
         return "".join(self.texts)
 
 
-class Form:
+class Form(ABC):
     """How the answers to one request look.
 
     Args:
@@ -80,21 +81,21 @@ class Form:
         """Our fields of a choice."""
         return {"routing": [_routing(token) for token in tokens]} if self.routing else {}
 
+    @abstractmethod
     def whole(self, answers: Sequence[Answer], written: int) -> str:
         """The body of an answer that is not streamed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first(self, index: int) -> str | None:
         """The chunk before an answer's first text, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, index: int, event: Event) -> str:
         """A chunk of text, or the last of an answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, written: int) -> str | None:
         """The chunk of the usage, where it was asked for."""
-        raise NotImplementedError
 
 
 class ChatForm(Form):

@@ -99,13 +99,14 @@ class Service:
 
     async def description(self) -> dict[str, Any]:
         """The mixture and its experts, as `GET /v1/experts` tells them; between two steps."""
-        return await asyncio.to_thread(self._description)
+
+        def in_turn() -> dict[str, Any]:
+            with self.model.holder.lock.turn():
+                return self._description()
+
+        return await asyncio.to_thread(in_turn)
 
     def _description(self) -> dict[str, Any]:
-        with self.model.holder.lock.turn():
-            return self._describe()
-
-    def _describe(self) -> dict[str, Any]:
         model, config = self.model, self.model.moe_config
         experts = []
         for name in model.expert_names:
