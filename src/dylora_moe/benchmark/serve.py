@@ -146,7 +146,7 @@ def _http(settings: Settings, model: Any, kind: Kind, ids: torch.Tensor) -> tupl
     def step() -> None:
         until = written() + settings.batch * settings.new_tokens
         while written() < until - 0.5:
-            time.sleep(0.0005)
+            time.sleep(0.005)  # a shorter one would keep taking the interpreter from the engine
 
     return step, read
 

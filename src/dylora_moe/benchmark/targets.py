@@ -62,20 +62,21 @@ PLANS = {
         "decode", "smollm2", (8,), ("base", "base-again", "peft", "xlora", "auto-top"),
         batch=1, length=64, new_tokens=16, rounds=3,
     ),
-    **{
+    **{  # as recipes place the experts: on layer L // 4 and above
         f"serving-{clients}": Settings(
             "serve", "smollm2", (8,),
-            ("base", "engine-base", "engine", "engine-prefix", "engine-forced", "engine-each", "http-base", "http"),
-            batch=clients, length=32, new_tokens=32, rank=8, rounds=7, warmup=1,
+            ("base", "engine-base", "engine", "engine-forced", "http-base", "http"),
+            batch=clients, length=32, new_tokens=32, rank=8, router_layer=7, rounds=7, warmup=1,
         )
         for clients in (1, 8, 32)
     },
     "serving-experts": Settings(
         "serve", "smollm2", (32,), ("engine-base", "engine-forced", "engine-each"),
-        batch=32, length=32, new_tokens=32, rank=8, rounds=7, warmup=1,
+        batch=32, length=32, new_tokens=32, rank=8, router_layer=7, rounds=7, warmup=1,
     ),
     "serving-resident": Settings(
-        "serve", "smollm2", (8, 256), ("engine",), batch=32, length=32, new_tokens=32, rank=8, rounds=7, warmup=1
+        "serve", "smollm2", (8, 256), ("engine",),
+        batch=32, length=32, new_tokens=32, rank=8, router_layer=7, rounds=7, warmup=1,
     ),
     "gpu-prefill": Settings(
         "prefill", "8b-layer", (8,), ("base", "base-again", "peft", "peft-same-dtype", "loop", "auto", "auto-top"),
