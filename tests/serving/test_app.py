@@ -331,6 +331,34 @@ def test_state(live: Live):
     assert made.headers["x-request-id"].startswith("req-")
 
 
+def test_what_fails_is_said_as_every_other_error_is(live: Live, monkeypatch, caplog):
+    def broken() -> None:
+        raise RuntimeError("a secret of ours")
+
+    monkeypatch.setattr(live.service, "_description", broken)
+    answer = httpx.get(f"{live.url}/v1/experts", headers={"x-request-id": "mine-2"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == "mine-2"
+    assert "content-security-policy" in answer.headers
+    assert "mine-2" in caplog.text
+    assert "a secret of ours" in caplog.text
+
+
+def test_a_slash_too_many_is_not_found_rather_than_sent_elsewhere(live: Live):
+    assert httpx.post(f"{live.url}/v1/completions/", json={}, headers=JSON).status_code == 404
+
+
+def test_requests_that_were_refused_are_not_counted_as_cancelled(live: Live):
+    before = live.service.worker.cancelled
+    body = {"model": f"{NAME}:base", "prompt": [[1, 2], [1] * 500], "max_tokens": 4}
+    assert httpx.post(f"{live.url}/v1/completions", json=body).status_code == 400
+    wait_until(lambda: not (live.service.engine.live or live.service.engine.waiting))
+    assert live.service.worker.cancelled == before
+    assert live.service.worker.open_answers == 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(live: Live, stream: bool):
     engine, worker = live.service.engine, live.service.worker

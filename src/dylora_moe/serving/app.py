@@ -72,7 +72,14 @@ def create_app(service: Service, limits: Limits | None = None, changes: Changes 
             await service.stop()
 
     metrics = Metrics(service)
-    app = FastAPI(title="DyLoRA-MoE", version=__version__, lifespan=running, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="DyLoRA-MoE",
+        version=__version__,
+        lifespan=running,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_middleware(Guard, limits=limits, metrics=metrics)
     add_handlers(app)
     _add_state(app, service, changes, metrics)

@@ -66,10 +66,6 @@ def add_handlers(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path[:SHOWN]!a}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    @app.exception_handler(Exception)
-    async def of_ours(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed at this; its log has the reason.").response()
-
 
 def _of_fields(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body."""

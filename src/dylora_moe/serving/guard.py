@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .metrics import Metrics
 
+logger = logging.getLogger(__name__)
 GONE = 499
 """The status of what nobody waits for any more, which is counted only."""
 ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -58,12 +60,12 @@ class Guard:
         given = headers.get("x-request-id", "")
         id = given if ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = id
-        status = 500
+        status, begun = 500, False
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 own = MutableHeaders(scope=message)
                 own["X-Request-ID"] = id
                 own["X-Content-Type-Options"] = "nosniff"
@@ -86,6 +88,12 @@ class Guard:
                 self._open -= guarded
         except ApiError as error:
             await error.response()(scope, receive, sending)
+        except Exception:  # ours, which whoever asked can only report
+            if begun:
+                raise
+            logger.exception("request %s failed", id)
+            failed = ApiError(500, "the server failed at this; its log has the reason.")
+            await failed.response()(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()

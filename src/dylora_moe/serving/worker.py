@@ -92,15 +92,17 @@ class Worker:
                 self._answers[handle] = (answers, index)
                 answers.pending.add(handle)
         except ValueError:
-            answers.close()
+            for handle in answers.pending:
+                self.drop(handle)
             raise
         return answers
 
-    def drop(self, handle: Handle) -> None:
-        """Cancel a request nobody waits for any more."""
-        if self._answers.pop(handle, None) is not None:
-            self.cancelled += 1
-            self.engine.cancel(handle)
+    def drop(self, handle: Handle) -> bool:
+        """Cancel a request nobody waits for any more; whether it had not ended."""
+        if self._answers.pop(handle, None) is None:
+            return False
+        self.engine.cancel(handle)
+        return True
 
     # ------------------------------------------------------------------ the thread
 
@@ -151,8 +153,7 @@ class Answers:
 
     def close(self) -> None:
         """Cancel what has not come yet."""
-        for handle in list(self.pending):
-            self._worker.drop(handle)
+        self._worker.cancelled += sum(self._worker.drop(handle) for handle in self.pending)
         self.pending.clear()
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
