@@ -32,8 +32,8 @@ _TOKENIZER_FILES = (
 )
 _TOKENIZER_KINDS = (".model", ".tiktoken")
 _REMEDY = (
-    "Write it with base.save_pretrained(folder), the tokenizer too, and load the mixture on that: base=folder, or --base "
-    "on the command line"
+    "Write it with base.save_pretrained(folder), the tokenizer too, and load the mixture on that: base=folder, or "
+    "--base on the command line"
 )
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dylora_moe.base.placement import Placement
 from dylora_moe.checkpoint.vocabulary import Vocabulary
-from dylora_moe.config import MoELoraConfig, check_expert_name
+from dylora_moe.config import MoELoraConfig, check_name
 from dylora_moe.experts.expert_set import ExpertSet
 from dylora_moe.routing.router import Router
 
@@ -51,14 +51,14 @@ class Source:
 
         Raises:
             TypeError: something else than mappings.
-            ValueError: a name that no expert could have or that one has, no or an unknown expert, or a weight that is
-                not finite.
+            ValueError: a name that an expert or the base has or that no folder can have, no or an unknown expert, or a
+                weight that is not finite.
         """
         found: dict[str, dict[str, float]] = {}
         if not isinstance(mixtures or {}, Mapping):
             raise TypeError(f'mixtures={mixtures!r:.60}: map names to weights, as {{"half": {{"sql": 0.5}}}}.')
         for name, weights in (mixtures or {}).items():
-            check_expert_name(name, taken=[*self.experts.names, *found])
+            check_name(name, [*self.experts.names, "base", *found], "model")
             found[name] = self.weights(weights)
         return found
 
