@@ -5,6 +5,7 @@ W' = W + Σ_e w_e s_e B_e A_e, in float32, then in the base's dtype.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dylora_moe.checkpoint.files import replacing
+from dylora_moe.checkpoint.files import read_json, replacing
 from dylora_moe.experts.export import A_PARTS, concatenated
 
 from .adapters import check_empty
@@ -52,6 +53,9 @@ def export_merged(source: Source, expert: str | Mapping[str, float], directory: 
     state = _merged_state(source, weights)
     with replacing(target, owned=()) as folder:
         base.save_pretrained(folder, state_dict=state)
+        settings = read_json(folder / "config.json")
+        settings.pop("keys_to_ignore_at_inference", None)  # a mixture's outputs, which it lists for Trainer
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         copy_companions((source.checkpoint, base_folder(base, source.base_name)), folder)
 
 
