@@ -23,7 +23,7 @@ def mixed(architecture: str) -> dict[str, LoraConfig]:
     """Experts on different modules, one of them with ranks and scalings of its own in one layer."""
     attention, other = ATTENTION_INPUT.get(architecture, "q_proj"), "c_fc" if architecture == "gpt2" else "down_proj"
     common = {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    pattern = rf"\.2\..*{other}"
+    pattern = rf"2\..*{other}"
     return {
         "red": LoraConfig(r=3, lora_alpha=5, target_modules=[attention, other], **common),
         "green": LoraConfig(
