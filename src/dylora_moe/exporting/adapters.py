@@ -43,7 +43,7 @@ def export_adapters(
     """
     target = Path(directory)
     check_empty(target)
-    check_linear(source)
+    check_linear(source, source.experts.names)
     if source.vocabulary.resized:
         raise ValueError(
             f"the base was resized to {source.vocabulary.rows} rows in its embeddings, which vLLM's base lacks; write "

@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -56,7 +58,10 @@ class BaseFiles(NamedTuple):
 
 
 def base_folder(base: PreTrainedModel, name: str | None) -> Path | None:
-    """The local folder that a base was loaded from, that of the hub's cache included; None if there is none."""
+    """The local folder that a base was loaded from, the hub's cache included; None if there is none.
+
+    A base does not say which revision of a hub's repository it is: it is taken for the newest in the cache.
+    """
     source = getattr(base, "name_or_path", "") or name
     if not source:
         return None
@@ -64,8 +69,7 @@ def base_folder(base: PreTrainedModel, name: str | None) -> Path | None:
     if folder.is_dir():
         return folder
     try:
-        revision = getattr(base.config, "_commit_hash", None)
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+        return Path(snapshot_download(source, local_files_only=True))
     except (HfHubHTTPError, HFValidationError, OSError):
         return None
 
@@ -100,6 +104,28 @@ def read_base(base: PreTrainedModel, name: str | None) -> BaseFiles:
 
 def _are_texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def check_held(files: BaseFiles, base: PreTrainedModel) -> None:
+    """Raise `ValueError` if a tensor in the files is not what `base` holds, as far as names, shapes and a row show."""
+    state = {key.replace(".base_layer.", "."): tensor for key, tensor in base.state_dict().items()}
+    for name in files.weights:
+        with safe_open(files.folder / name, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                held = state.get(key, state.get(f"{base.base_model_prefix}.{key}"))
+                part = opened.get_slice(key)
+                if (
+                    held is None
+                    or not held.dim()
+                    or not held.is_floating_point()
+                    or list(held.shape) != part.get_shape()
+                ):
+                    continue  # named, fused or packed otherwise than in the file
+                if not torch.equal(part[:1].to(held.dtype).float(), held[:1].cpu().float()):
+                    raise ValueError(
+                        f"{files.folder / name} holds other values of {key} than the mixture's base, which is "
+                        f"another revision, or was changed after it was loaded. {_REMEDY}."
+                    )
 
 
 def put_weights(files: BaseFiles, folder: Path, copy: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from dylora_moe.base.placement import BEFORE_THE_LAYERS
 from dylora_moe.routing.granularity import GRANULARITIES
 
-from .base_files import BaseFiles
+from .base_files import BaseFiles, check_held
 from .source import Source
 
 GRANULARITIES_SERVED = ("token", "prefix")
@@ -62,23 +64,18 @@ def check_routable(source: Source, granularity: str) -> None:
     if len(source.experts.masked) == len(source.experts.names):
         remedy = "teach one" if source.router.computed else "call start_routing() for one and train the router"
         raise ValueError(f"no expert is routed yet ({', '.join(source.experts.names)}); {remedy} first.")
-    check_linear(source)
+    check_linear(source, source.experts.names)
 
 
-def check_linear(source: Source, *names: str) -> None:
-    """Raise `ValueError` if what one of the experts, of `names` or all, adds is not w · s · B A x."""
-    for name in names or source.experts.names:
-        config = source.configs[name]
+def check_linear(source: Source, names: Iterable[str]) -> None:
+    """Raise `ValueError` if what one of the experts `names` adds is more than s B A x."""
+    for name in names:
         for setting in ("use_dora", "lora_bias"):
-            if getattr(config, setting):
-                reason = (
-                    "the output of DoRA is not linear in the expert's weight"
-                    if setting == "use_dora"
-                    else "vLLM has no place for the biases of an adapter"
-                )
+            if getattr(source.configs[name], setting):
                 raise ValueError(
-                    f"expert {name!r} has {setting}=True: {reason}. Export it by itself (--to peft), merge it into a "
-                    "base with stock PEFT (merge_and_unload) and serve that, or remove it from the mixture."
+                    f"expert {name!r} has {setting}=True, so that it adds more than s · B A x, which is all that this "
+                    "export holds. Export it by itself (--to peft) and use it with stock PEFT, or remove it from the "
+                    "mixture."
                 )
 
 
@@ -87,7 +84,7 @@ def check_base(source: Source, files: BaseFiles) -> str:
 
     Raises:
         ValueError: rows of the vocabulary that the files lack, a quantization that is not theirs or that vLLM does not
-            read, or no text model.
+            read, no text model, or files that hold other weights.
     """
     vocabulary = source.vocabulary
     if vocabulary.resized:
@@ -115,4 +112,5 @@ def check_base(source: Source, files: BaseFiles) -> str:
             f"{files.folder}: the architecture is {architecture!r:.60}, and the plugin routes text models only "
             f"({', '.join(f'…{ending}' for ending in ENDINGS)}); {_OTHERWISE}."
         )
+    check_held(files, source.base)
     return architecture

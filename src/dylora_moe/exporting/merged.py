@@ -19,6 +19,7 @@ from dylora_moe.experts.export import A_PARTS, concatenated
 
 from .adapters import check_empty
 from .base_files import base_folder, copy_companions
+from .limits import check_linear
 from .source import Source
 
 
@@ -43,13 +44,7 @@ def export_merged(source: Source, expert: str | Mapping[str, float], directory: 
             "the base is quantized, and its weights cannot take an expert in exactly; load the mixture on the base in "
             "floating point (base=, --base), or write an adapter (--to peft)."
         )
-    for name in weights:
-        for setting in ("use_dora", "lora_bias"):
-            if getattr(source.configs[name], setting):
-                raise ValueError(
-                    f"expert {name!r} has {setting}=True, which no sum of weights stands for; write it as an adapter "
-                    "(--to peft) and merge it with stock PEFT (merge_and_unload)."
-                )
+    check_linear(source, weights)
     state = _merged_state(source, weights)
     with replacing(target, owned=()) as folder:
         base.save_pretrained(folder, state_dict=state)
