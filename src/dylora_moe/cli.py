@@ -1,4 +1,4 @@
-"""The command line; `learn`, `bench` and `export` and the commands of `keeping.py` are defined where their work is."""
+"""The command line; `learn`, `bench`, `export` and the commands of `keeping.py` are defined where their work is."""
 
 from __future__ import annotations
 

@@ -86,6 +86,11 @@ def test_what_cannot_be_merged_is_refused(tmp_path, monkeypatch):
         model.export_merged("pink", tmp_path / "out")
     with pytest.raises(ValueError, match="unknown expert 'pink'"):
         model.export_merged({"pink": 0.5}, tmp_path / "out")
+    weight = model.routed_layers[0].lora_B["blue"].weight.data
+    weight[0, 0], kept = float("inf"), weight[0, 0].clone()
+    with pytest.raises(ValueError, match=r"add to model\..* is not finite"):
+        model.export_merged("blue", tmp_path / "out")
+    weight[0, 0] = kept
     model.get_base_model().config.quantization_config = {"quant_method": "any"}
     with pytest.raises(ValueError, match="the base is quantized"):
         model.export_merged("red", tmp_path / "out")

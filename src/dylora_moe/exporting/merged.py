@@ -32,8 +32,8 @@ def export_merged(source: Source, expert: str | Mapping[str, float], directory: 
         directory: the folder, new or empty.
 
     Raises:
-        ValueError: an expert with DoRA or biases, one on a weight that another module shares, a quantized base, or a
-            folder that is not empty; nothing is written.
+        ValueError: an expert with DoRA or biases, one on a weight that another module shares or with values that are not
+            finite, a quantized base, or a folder that is not empty; nothing is written.
     """
     target = Path(directory)
     check_empty(target)
@@ -76,6 +76,8 @@ def _merged_state(source: Source, weights: Mapping[str, float]) -> dict[str, Ten
                     "change both; write an adapter instead (--to peft)."
                 )
             delta = tensors[f"base_model.model.{path}.{other}"] @ A
+            if not bool(torch.isfinite(delta).all()):
+                raise ValueError(f"what the experts add to {path} is not finite; train them again, or leave them out.")
             if part == "lora_embedding_A" or getattr(layer, "fan_in_fan_out", False):
                 delta = delta.T
             wide = torch.promote_types(weight.dtype, torch.float32)
