@@ -32,7 +32,7 @@ def export_merged(source: Source, expert: str | Mapping[str, float], directory: 
         directory: the folder, new or empty.
 
     Raises:
-        ValueError: an expert with DoRA or biases, one on a weight that another module shares or with values that are not
+        ValueError: an expert with DoRA or biases, one on a weight that another module shares, values that are not
             finite, a quantized base, or a folder that is not empty; nothing is written.
     """
     target = Path(directory)
