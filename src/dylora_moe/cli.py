@@ -1,4 +1,4 @@
-"""The command line; `learn`, `bench` and the commands of `keeping.py` are defined where their work is."""
+"""The command line; `learn`, `bench`, `export` and the commands of `keeping.py` are defined where their work is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from .benchmark.command import bench
+from .exporting.command import export
 from .failures import Verbose, one_message
 from .keeping import commands as keeping
 from .keeping import warn_of_twins
@@ -39,6 +40,7 @@ app.command()(learn)
 app.command()(serve)
 app.command()(chat)
 app.add_typer(keeping)
+app.command()(export)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
 

@@ -234,26 +234,38 @@ ROUTING_FIELDS = tuple(
 )
 
 
+def check_name(name: str, taken: Iterable[str] = (), what: str = "expert") -> None:
+    """Raise `ValueError` if nothing that has a folder of its own, beside those `taken`, can be called `name`.
+
+    Args:
+        name: it.
+        taken: names that there are.
+        what: they name.
+    """
+    taken = list(taken)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{what} name {name!r:.200}: use a letter, then letters, digits, '_' or '-'.")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{what} name {name[:20]!r}… has {len(name)} letters; a folder is called so, take {LONGEST_NAME} at most."
+        )
+    if name in taken:
+        raise ValueError(f"{what} {name!r} exists already; the {what}s are {', '.join(taken)}.")
+    for other in taken:
+        if name.casefold() == other.casefold():
+            raise ValueError(
+                f"{what} name {name!r}: it differs from {other!r} in capitals only, and many disks have one folder for "
+                "both; choose another."
+            )
+
+
 def check_expert_name(name: str, taken: list[str] | tuple[str, ...] = (), base: nn.Module | None = None) -> None:
     """Raise `ValueError` if `name` cannot name an expert.
 
     PEFT's save filter silently drops tensors whose path contains the adapter's name, so a name must not be a
     part of any module path of `base`.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"expert name {name!r:.200}: use a letter, then letters, digits, '_' or '-'.")
-    if len(name) > LONGEST_NAME:
-        raise ValueError(
-            f"expert name {name[:20]!r}… has {len(name)} letters; a folder is called so, take {LONGEST_NAME} at most."
-        )
-    if name in taken:
-        raise ValueError(f"expert {name!r} exists already; the experts are {', '.join(taken)}.")
-    for other in taken:
-        if name.casefold() == other.casefold():
-            raise ValueError(
-                f"expert name {name!r}: it differs from {other!r} in capitals only, and many disks have one folder for "
-                "both; choose another."
-            )
+    check_name(name, taken)
     reserved = name in _RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
     reserved = reserved or name in vars(nn.ModuleDict()) or name in vars(nn.ParameterDict())
     if not reserved and base is not None:

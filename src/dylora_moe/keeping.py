@@ -1,4 +1,4 @@
-"""`dylora-moe experts | merge | rename | freeze | teach | import | export | remove | forget`: a mixture kept in order.
+"""`dylora-moe experts | merge | rename | freeze | teach | import | remove | forget`: a mixture kept in order.
 
 Each is a method of the mixture between loading and saving. The folder is locked meanwhile and replaced as a whole; what
 else lies in it (tokenizer, results) stays.
@@ -48,16 +48,16 @@ def _changing(directory: Path, output: Path | None, base: str | None) -> Iterato
         check_room(output)
     target = output or directory
     with FolderLock(target).hold():
-        session = _session(directory, base)
+        session = session_on(directory, base)
         session.model.chat = session.chat  # older checkpoints say it in a recipe, which --output would lack
         yield session
         if output is not None:
             session.tokenizer.save_pretrained(output)
         session.model.save_pretrained(target)
-    _say(f"Checkpoint: {target} ({', '.join(session.model.expert_names)})")
+    say(f"Checkpoint: {target} ({', '.join(session.model.expert_names)})")
 
 
-def _session(directory: Path, base: str | None) -> Session:
+def session_on(directory: Path, base: str | None) -> Session:
     """A loaded mixture, on the base that it was made for: what is written names it."""
     from .session import Session
 
@@ -70,7 +70,7 @@ def _session(directory: Path, base: str | None) -> Session:
     return session
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -129,7 +129,7 @@ def experts(
     said = [f"router {config.router_type}, {config.granularity} granularity", f"skills {_bytes(library.size)}"]
     if pooled:
         said.append(f"of which {_bytes(pooled)} are pooled (compact)")
-    _say(", ".join(said))
+    say(", ".join(said))
     warn_of_twins(model)
 
 
@@ -222,7 +222,7 @@ def warn_of_twins(model: DyLoraMoE, *names: str) -> None:
     pairs = {frozenset((name, other)): value for name, (other, value) in nearest.items() if value < SAME}
     for pair, value in pairs.items():
         one, other = sorted(pair)
-        _say(
+        say(
             f"{one} and {other} are the same as far as their rows tell ({value:.1f}, below {SAME:g}): texts of one "
             "will go to the other as well. Merge them, or teach each more of what is its own."
         )
@@ -252,7 +252,7 @@ def merge(
         model = session.model
         cut = model.merge_experts(names, rank, name, _numbers(weights))
         merged = model.expert_names[-1]
-        _say(
+        say(
             f"{', '.join(names)} → {merged}, rank {rank}: relative error {cut.error:.4f} over all layers, at most "
             f"{cut.by_layer[cut.worst]:.4f} ({cut.worst})"
         )
@@ -269,7 +269,7 @@ def _numbers(text: str | None) -> list[float] | None:
 def _say_if_new(model: DyLoraMoE, name: str) -> None:
     if model.expert_states[name] == "new":
         remedy = f"dylora-moe teach DIRECTORY {name} TEXTS" if model.router.computed else "start_routing, then training"
-        _say(f"{name} is new: it works where it is forced, and the router does not choose it before {remedy}.")
+        say(f"{name} is new: it works where it is forced, and the router does not choose it before {remedy}.")
 
 
 @commands.command()
@@ -287,7 +287,7 @@ def rename(
     """
     with _changing(directory, output, base) as session:
         session.model.rename_expert(old, new)
-        _say(f"{old} → {new}")
+        say(f"{old} → {new}")
 
 
 @commands.command()
@@ -305,7 +305,7 @@ def freeze(
     """
     with _changing(directory, output, base) as session:
         (session.model.unfreeze_expert if thaw else session.model.freeze_expert)(name)
-        _say(f"{name} is {'trainable' if thaw else 'frozen'}")
+        say(f"{name} is {'trainable' if thaw else 'frozen'}")
 
 
 @commands.command()
@@ -338,9 +338,9 @@ def _teach(session: Session, name: str, texts: Path, separator: str | None) -> N
     with console.status(f"Reading {len(rows)} texts"):
         model.teach(name, rows, session.tokenizer, separator, digest(texts))
     skill = model.skills[name]
-    _say(f"{name} was taught {len(rows)} rows, in all {skill.rows:,} rows and {skill.tokens:,} tokens")
+    say(f"{name} was taught {len(rows)} rows, in all {skill.rows:,} rows and {skill.tokens:,} tokens")
     if not model.router.computed:
-        _say(f"The router ({model.router.router_type}) is trained and stays as it is.")
+        say(f"The router ({model.router.router_type}) is trained and stays as it is.")
         return
     console.print(
         confusion_table(model.skills.confusion(), [each for each in model.expert_names if each in model.skills])
@@ -378,29 +378,10 @@ def import_(
         _check_file(texts)
     with _changing(directory, output, base) as session:
         session.model.add_expert(name, adapter)
-        _say(f"{name} was added, {session.model.parameter_report().experts[name]:,} parameters")
+        say(f"{name} was added, {session.model.parameter_report().experts[name]:,} parameters")
         if texts is not None:
             _teach(session, name, texts, separator)
         _say_if_new(session.model, name)
-
-
-@commands.command()
-def export(
-    directory: Directory,
-    name: Name,
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter to be.")],
-    base: Base = None,
-    verbose: Verbose = False,
-) -> None:
-    """Write one expert as a stock PEFT adapter, which `PeftModel.from_pretrained` loads.
-
-    Example: [bold]dylora-moe export runs/mine sql adapters/sql[/]
-    """
-    from .checkpoint.mixture import check_free
-
-    check_free(out)
-    _session(directory, base).model.export_expert(name, out)
-    _say(f"Adapter: {out}")
 
 
 @commands.command()
@@ -413,7 +394,7 @@ def remove(
     """
     with _changing(directory, output, base) as session:
         session.model.remove_expert(name)
-        _say(f"{name} was removed; the router's other rows are what they were")
+        say(f"{name} was removed; the router's other rows are what they were")
 
 
 @commands.command()
@@ -442,4 +423,4 @@ def forget(
         rest = (
             "the router scores the others as if it had never been there" if exactly else "the others are what they were"
         )
-        _say(f"{name} was forgotten; {rest}")
+        say(f"{name} was forgotten; {rest}")

@@ -78,6 +78,10 @@ from .experts.expert_set import NEW, ROUTED, ExpertSet, renamed
 from .experts.export import fixed_mixture, stock_config
 from .experts.merge import Truncation, merged
 from .experts.tensors import ExpertTensor
+from .exporting.adapters import export_adapters
+from .exporting.merged import export_merged
+from .exporting.routed import export_routed
+from .exporting.source import Source
 from .layers.groups import lay_out_experts
 from .layers.in_force import Generation, Holder
 from .layers.recompute import give_back_checkpoints
@@ -1383,6 +1387,75 @@ class DyLoraMoE(PeftModelForCausalLM):
         weights = _mapping("weights", weights, "a number")
         configs = {name: self.lora_config(name) for name in self.expert_names}
         self._write_stock(Path(directory), *fixed_mixture(self.experts, configs, weights, self.base_name))
+
+    def export_merged(self, expert: str | Mapping[str, float], directory: str | Path) -> None:
+        """Write the base with one expert or a fixed mixture merged into its weights, as a stock transformers folder.
+
+        Args:
+            expert: its name, or expert name → weight.
+            directory: the folder, new or empty. The tokenizer goes there, too.
+
+        Raises:
+            ValueError: an expert with DoRA or biases, one on a weight that another module shares, a quantized base, or
+                a folder that is not empty. Nothing is written.
+        """
+        export_merged(self._source(), expert, directory)
+
+    def export_vllm(
+        self,
+        directory: str | Path,
+        mixtures: Mapping[str, Mapping[str, float]] | None = None,
+        granularity: str | None = None,
+        copy: bool = False,
+    ) -> str:
+        """Write a folder that vLLM serves with the plugin `dylora-moe-vllm`, every token routed as here; atomically.
+
+        Args:
+            directory: the folder; an earlier export there is replaced.
+            mixtures: name → expert name → weight: fixed mixtures that a request can name, beside experts and base.
+            granularity: `"token"` or `"prefix"`, where it is not to be the mixture's own.
+            copy: copy the base's weights, which are hard-linked otherwise where the disk allows it.
+
+        Returns:
+            the command that serves it.
+
+        Raises:
+            ValueError: something that the plugin cannot serve, with the remedy (docs/vllm.md has a table), or a folder
+                with other files in it. Nothing is written.
+        """
+        return export_routed(self._source(), directory, mixtures, granularity, copy)
+
+    def export_vllm_lora(self, directory: str | Path, mixtures: Mapping[str, Mapping[str, float]] | None = None) -> str:
+        """Write every expert, and fixed mixtures, as stock adapters that vLLM takes without a plugin, one per request.
+
+        Args:
+            directory: the folder, new or empty; each adapter gets a folder of its name in it.
+            mixtures: name → expert name → weight; each becomes one exact LoRA, with zeros up to a rank vLLM allows.
+
+        Returns:
+            the command that serves them.
+
+        Raises:
+            ValueError: an expert with DoRA or biases, a rank above 512, a resized base, or a folder that is not empty.
+                Nothing is written.
+        """
+        return export_adapters(self._source(), directory, mixtures)
+
+    def _source(self) -> Source:
+        base = cast(PreTrainedModel, self.get_base_model())
+        self.experts.check_complete(self.peft_config, base)
+        return Source(
+            base,
+            self.base_name,
+            self.placement,
+            self.experts,
+            {name: self.lora_config(name) for name in self.expert_names},
+            self.moe_config,
+            self.router,
+            self.router_layer_index,
+            self.vocabulary,
+            self.folder,
+        )
 
     def _write_stock(self, directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
         """Write an adapter that stands alone: as stock PEFT does, with the embeddings of a resized base."""
