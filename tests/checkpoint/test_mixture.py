@@ -157,6 +157,20 @@ def test_the_revision_of_the_base_is_loaded_again(tmp_path, monkeypatch):
     assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {"revision": "main"})]
 
 
+def test_the_commit_of_a_base_on_the_hub_is_written(tmp_path):
+    cache, commits = tmp_path / "cache", {"main": "1" * 40, "v1": "2" * 40}
+    repository = cache / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    for revision, commit in commits.items():
+        (repository / "refs" / revision).write_text(commit)
+        tiny_base().save_pretrained(repository / "snapshots" / commit)
+    for revision, commit in {**commits, "2" * 40: "2" * 40, None: "1" * 40}.items():
+        options = {"cache_dir": str(cache), "local_files_only": True, **({"revision": revision} if revision else {})}
+        DyLoraMoE.from_base("owner/name", tiny_config(), **options).save_pretrained(tmp_path / "mixture")
+        known = json.loads((tmp_path / "mixture" / "moe_config.json").read_text())
+        assert (known["base_model_name_or_path"], known["base_revision"]) == ("owner/name", commit)
+
+
 def test_not_trainable_freezes_router_and_experts(tmp_path):
     tiny_mixture().save_pretrained(tmp_path)
     loaded = DyLoraMoE.from_pretrained(str(tmp_path), base=tiny_base(), trainable=False)

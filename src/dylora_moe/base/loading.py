@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,10 @@ def load_base(
     """The base model and the name it is saved under (a local folder by its absolute path)."""
     if isinstance(base, str):
         name = str(Path(base).resolve()) if Path(base).is_dir() else base
-        return AutoModelForCausalLM.from_pretrained(resolve_base(base), **kwargs), name
+        model = AutoModelForCausalLM.from_pretrained(resolve_base(base), **kwargs)
+        if not Path(resolve_base(base)).is_dir():
+            _note_commit(model, base, kwargs)
+        return model, name
     if isinstance(base, os.PathLike):
         return load_base(os.fspath(base), kwargs)
     if kwargs:
@@ -32,6 +36,16 @@ def load_base(
             f"the base must be a transformers causal language model or its name, not {type(base).__name__}."
         )
     return base, None
+
+
+def _note_commit(model: PreTrainedModel, name: str, kwargs: dict[str, Any]) -> None:
+    """Let the configuration say of which commit of a hub's repository it is; transformers 5 does not any more."""
+    try:
+        file = try_to_load_from_cache(name, "config.json", kwargs.get("cache_dir"), kwargs.get("revision"))
+    except ValueError:  # no name of a repository
+        return
+    if isinstance(file, str):
+        model.config._commit_hash = Path(file).parent.name
 
 
 def load_tokenizer(folder: str | Path | None, base_name: str | None) -> PreTrainedTokenizerBase:

@@ -60,7 +60,8 @@ class BaseFiles(NamedTuple):
 def base_folder(base: PreTrainedModel, name: str | None) -> Path | None:
     """The local folder that a base was loaded from, the hub's cache included; None if there is none.
 
-    A base does not say which revision of a hub's repository it is: it is taken for the newest in the cache.
+    A base that the library did not load does not say of which commit of a hub's repository it is: it is taken for the
+    newest in the cache.
     """
     source = getattr(base, "name_or_path", "") or name
     if not source:
@@ -69,7 +70,8 @@ def base_folder(base: PreTrainedModel, name: str | None) -> Path | None:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(source, local_files_only=True))
+        commit = getattr(base.config, "_commit_hash", None)
+        return Path(snapshot_download(source, revision=commit, local_files_only=True))
     except (HfHubHTTPError, HFValidationError, OSError):
         return None
 
