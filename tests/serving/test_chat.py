@@ -7,8 +7,8 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from dylora_moe.cli import app
 from dylora_moe.serving import terminal as module
 from dylora_moe.serving.conversation import Conversation
-from dylora_moe.serving.engine import Engine
 from dylora_moe.serving.terminal import COMMANDS, Terminal
 from dylora_moe.session import Session
 from dylora_moe.skills.background import background_texts
@@ -287,31 +286,40 @@ def test_what_is_wrong_at_the_start_is_said_at_once(folder):
     assert not result.stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
-@pytest.mark.slow  # hung in a whole run and passes alone: why is not known; it forks beside other tests' threads
-def test_on_a_real_terminal(folder, monkeypatch):
+SLOW_CHAT = """
+import fcntl, sys, termios, time
+from dylora_moe.__main__ import run
+from dylora_moe.serving.engine import Engine
+
+step = Engine.step
+
+def slow(self):
+    time.sleep(0.02)
+    self.eos = frozenset()  # so that there is something to stop
+    return step(self)
+
+Engine.step = slow
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # ^C on this terminal is for us
+sys.argv = ["dylora-moe", "chat", sys.argv[1], "--slot-length", "256"]
+run()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_on_a_real_terminal(folder):
     import pty
 
-    step = Engine.step
-
-    def slow(self):
-        time.sleep(0.02)
-        self.eos = frozenset()  # so that there is something to stop
-        return step(self)
-
-    monkeypatch.setattr(Engine, "step", slow)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
-        monkeypatch.delenv(name, raising=False)
-    child, screen = pty.fork()
-    if child == 0:
-        failed = True
-        try:
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
-            app(["chat", str(folder), "--slot-length", "256"], standalone_mode=False)
-            failed = False
-        finally:
-            os._exit(failed)
+    screen, inner = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW_CHAT, str(folder)],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        env={**kept, "TERM": "xterm-256color"},
+        start_new_session=True,  # a new process, not a fork of this one: torch's threads do not survive a fork
+    )
+    os.close(inner)
     try:
         seen = _until(screen, "> ")
         assert "has 5 experts" in seen
@@ -329,12 +337,10 @@ def test_on_a_real_terminal(folder, monkeypatch):
         os.write(screen, b"\x03")
         _until(screen, "law> ")
         os.write(screen, b"\x04")
-        assert os.waitpid(child, 0)[1] == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        raise
+        assert child.wait(60) == 0
     finally:
+        child.kill()
+        child.wait()
         os.close(screen)
 
 
