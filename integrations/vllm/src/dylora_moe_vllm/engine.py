@@ -1,0 +1,82 @@
+"""What an engine that serves a mixture must be like: checked before anything is loaded, in the process of the user."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .selectors import SELECT
+from .settings import Settings, SettingsError, parse
+
+logger = logging.getLogger("vllm.dylora_moe")
+
+MULTIPLE_RUNNERS = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+
+
+def prepare(config: Any) -> Settings:
+    """Check vLLM's configuration of an engine and set what the mixture needs in it.
+
+    Args:
+        config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors.
+
+    Raises:
+        SettingsError: the folder's section is wrong, or the engine cannot serve such a mixture.
+    """
+    settings = parse(getattr(config.model_config.hf_config, "dylora_moe", None))
+    _refuse(config, settings)
+    lora = config.lora_config
+    if lora is not None:
+        if lora.target_modules not in (None, [SELECT]):
+            raise SettingsError(
+                f"lora_target_modules={lora.target_modules}: a mixture's LoRA slots hold selectors only; leave it out."
+            )
+        lora.target_modules = [SELECT]
+        if lora.max_loras < len(settings.selectors):
+            logger.warning(
+                "max_loras=%d is less than the %d selectors of the mixture: requests of more than %d of them wait for "
+                "each other.",
+                lora.max_loras,
+                len(settings.selectors),
+                lora.max_loras,
+            )
+    return settings
+
+
+def _refuse(config: Any, settings: Settings) -> None:
+    model, parallel = config.model_config, config.parallel_config
+    for name in MULTIPLE_RUNNERS:
+        if (size := getattr(parallel, name)) != 1:
+            raise SettingsError(
+                f"{name}={size}: what is decided at one decoder layer does not reach other stages; use tensor parallelism."
+            )
+    if parallel.enable_dbo or parallel.ubatch_size > 1:
+        raise SettingsError("enable_dbo: two micro-batches at once would share one decision; leave it out.")
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise SettingsError(f"speculative method {speculative.method!r}: untested with a mixture; use 'ngram' or none.")
+    if model.use_mla and (absorbed := next((p for p in settings.modules if p.endswith(".kv_b_proj")), None)):
+        raise SettingsError(
+            f"{absorbed}: vLLM folds this matrix into attention, where experts cannot be added; leave it out of the "
+            "experts' target_modules."
+        )
+    if settings.granularity == "prefix":
+        _refuse_prefix(config, settings)
+
+
+def _refuse_prefix(config: Any, settings: Settings) -> None:
+    model, cache = config.model_config, config.cache_config
+    if model.use_mla or model.is_hybrid:
+        raise SettingsError(
+            "granularity='prefix': its running mean needs a plain attention layer's KV cache, which this base does not "
+            "have; export the mixture with granularity='token'."
+        )
+    if cache.cache_dtype.startswith(("fp8", "int", "nvfp4")):
+        raise SettingsError(
+            f"kv_cache_dtype={cache.cache_dtype!r}: the running mean of granularity='prefix' is kept in the KV cache and "
+            "would lose its precision; leave it at 'auto'."
+        )
+    if settings.outputs > model.get_head_size():
+        raise SettingsError(
+            f"granularity='prefix': {settings.outputs} router outputs do not fit an attention head of "
+            f"{model.get_head_size()}; export the mixture with granularity='token'."
+        )

@@ -1,0 +1,69 @@
+"""A model class of vLLM with a mixture's experts: `DyLoRAMoE` before the name of any causal language model of vLLM.
+
+The classes are made when vLLM asks this module for them by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.registry import ModelRegistry
+
+from . import PREFIX
+from .attach import attach
+from .layer import decoder_layers, listen
+from .loading import Loader
+from .mixture import Mixture
+from .selectors import SELECT
+from .settings import parse
+
+
+class RoutedModel:
+    """What stands before a model class of vLLM: builds the base, then the mixture on it, and loads both."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        model = vllm_config.model_config
+        settings = parse(getattr(model.hf_config, "dylora_moe", None))
+        path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
+        mean = None
+        if settings.granularity == "prefix":
+            from .prefix import RunningMean
+
+            mean = RunningMean(vllm_config, settings.layers)
+        self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT))
+        setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
+        listen(layers[settings.router_layer], self.dylora.decide)
+        self._dylora_linears = attach(self, settings, path, self.dylora.in_force, self.dylora.patterns, model.dtype)
+        self._dylora_dtype = model.dtype
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loader = Loader(self.dylora.router, self._dylora_linears, self._dylora_dtype)
+        loaded = set(super().load_weights(loader.of_base(weights)) or ())
+        loader.place()
+        getattr(self, SELECT).weight.data.zero_()
+        return loaded | {name for name, _ in self.named_parameters() if "dylora" in name}
+
+
+@functools.cache
+def _routed(architecture: str) -> type:
+    base = ModelRegistry._try_load_model_cls(architecture)
+    if base is None:
+        raise AttributeError(f"vLLM has no model class {architecture} that it can load")
+    lora = () if SupportsLoRA in base.__mro__ else (SupportsLoRA,)  # a Protocol: issubclass raises
+    body = {"__module__": __name__, "__qualname__": PREFIX + architecture}
+    for table in ("packed_modules_mapping", "embedding_modules"):
+        if not hasattr(base, table):
+            body[table] = {}
+    return type(PREFIX + architecture, (RoutedModel, base, *lora), body)
+
+
+def __getattr__(name: str) -> type:
+    if name.startswith(PREFIX) and name != PREFIX:
+        return _routed(name.removeprefix(PREFIX))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
