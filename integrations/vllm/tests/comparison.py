@@ -32,7 +32,9 @@ def reference(case: str, out: Path) -> tuple[Path, dict[str, list[dict[str, Any]
     return out / case, json.loads(file.read_text())["answers"]
 
 
-def run(folder: Path, rounds: list[dict[str, Any]], new: int, scratch: Path, **engine: Any) -> list[list[dict[str, Any]]]:
+def run(
+    folder: Path, rounds: list[dict[str, Any]], new: int, scratch: Path, **engine: Any
+) -> list[list[dict[str, Any]]]:
     """What an engine answers in each round.
 
     Raises:

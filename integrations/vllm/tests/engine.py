@@ -34,7 +34,8 @@ def main() -> None:
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    job = json.loads(open(sys.argv[1]).read())
+    with open(sys.argv[1]) as file:
+        job = json.load(file)
     llm = LLM(job["folder"], **(SMALL | job["engine"]))
     names = sorted({r["selector"] for round_ in job["rounds"] for r in round_["requests"] if r["selector"]})
     selectors = {n: LoRARequest(n, i + 1, f"{job['folder']}/selectors/{n}") for i, n in enumerate(names)}
@@ -45,12 +46,12 @@ def main() -> None:
         requests = round_["requests"]
         prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in requests]
         chosen = [selectors.get(r["selector"]) for r in requests]
-        asked = [([p], [c]) for p, c in zip(prompts, chosen, strict=True)] if round_.get("alone") else [(prompts, chosen)]
-        outs = [
-            out
-            for p, c in asked
-            for out in llm.generate(p, sampling, use_tqdm=False, lora_request=c if any(c) else None)
-        ]
+        step = 1 if round_.get("alone") else len(prompts)
+        outs = []
+        for at in range(0, len(prompts), step):
+            some = chosen[at : at + step]
+            lora = some if any(some) else None
+            outs += llm.generate(prompts[at : at + step], sampling, use_tqdm=False, lora_request=lora)
         answers.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens or 0} for o in outs])
     with open(sys.argv[2], "w") as file:
         json.dump(answers, file)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from comparison import reference
 from test_routed import mixed
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from comparison import check, reference, requests, run
 
 CASES = (
@@ -82,6 +83,8 @@ def mixed(folder: Path, answers: dict, case: str, scratch: Path) -> None:
     ]
     new = len(answers["routed"][0]["tokens"])
     engine = {"enable_lora": True, "max_loras": len(kinds) - 1, "max_lora_rank": 8}
-    for round_, outs in zip(("cold", "warm"), run(folder, [{"requests": asked}] * 2, new, scratch, **engine), strict=True):
+    rounds = run(folder, [{"requests": asked}] * 2, new, scratch, **engine)
+    for round_, outs in zip(("cold", "warm"), rounds, strict=True):
         for at, who in enumerate(kinds):
-            check(f"{case}, {len(asked)} mixed {round_}, {who or 'routed'}", outs[at :: len(kinds)], answers[who or "routed"])
+            what = f"{case}, {len(asked)} mixed {round_}, {who or 'routed'}"
+            check(what, outs[at :: len(kinds)], answers[who or "routed"])

@@ -78,7 +78,7 @@ def attach(
         if not path.startswith(f"{layers}.") or not number.isdecimal() or int(number) < settings.router_layer:
             raise SettingsError(
                 f"{path} is not in {layers}.{settings.router_layer} to {layers}.{settings.layers - 1}: it would run "
-                "before the router has decided; serve the mixture with dylora-moe, or train experts on those layers only."
+                "before the router has decided; serve the mixture with dylora-moe, or train experts on those layers."
             )
     for path, sources in sources_by_linear(settings.modules, getattr(model, "packed_modules_mapping", {})).items():
         named = sources[0].path

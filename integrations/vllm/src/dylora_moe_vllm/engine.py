@@ -47,7 +47,7 @@ def _refuse(config: Any, settings: Settings) -> None:
     for name in MULTIPLE_RUNNERS:
         if (size := getattr(parallel, name)) != 1:
             raise SettingsError(
-                f"{name}={size}: what is decided at one decoder layer does not reach other stages; use tensor parallelism."
+                f"{name}={size}: what one decoder layer decides does not reach other stages; use tensor parallelism."
             )
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         raise SettingsError("enable_dbo: two micro-batches at once would share one decision; leave it out.")
@@ -72,8 +72,8 @@ def _refuse_prefix(config: Any, settings: Settings) -> None:
         )
     if cache.cache_dtype.startswith(("fp8", "int", "nvfp4")):
         raise SettingsError(
-            f"kv_cache_dtype={cache.cache_dtype!r}: the running mean of granularity='prefix' is kept in the KV cache and "
-            "would lose its precision; leave it at 'auto'."
+            f"kv_cache_dtype={cache.cache_dtype!r}: granularity='prefix' keeps its running mean in the KV cache, where "
+            "it would lose its precision; leave it at 'auto'."
         )
     if settings.outputs > model.get_head_size():
         raise SettingsError(

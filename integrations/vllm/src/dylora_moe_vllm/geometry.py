@@ -1,7 +1,7 @@
 """Which part of an expert's matrices a rank of tensor parallelism holds; plain numbers, after vLLM's own rules.
 
-One linear of vLLM computes one or several parts side by side: q, k and v, or gate and up. Each is a matrix of its own in
-the Hugging Face model, or all are one there (`fused`). Shapes: D in, O out of all parts, R rows of the experts.
+One linear of vLLM computes one or several parts side by side: q, k and v, or gate and up. Each is a matrix of its own
+in the Hugging Face model, or all are one there (`fused`). Shapes: D in, O out of all parts, R rows of the experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Geometry:
     Attributes:
         inputs: D, in full.
         parts: outputs of each part, in full.
-        replicas: how many ranks hold the same outputs, per part: more than 1 where there are fewer k/v heads than ranks.
+        replicas: how many ranks hold the same outputs, per part: more than 1 where k/v heads are fewer than ranks.
         rank: of tensor parallelism.
         size: of tensor parallelism.
         cut: `"inputs"` (row parallel), `"outputs"` (column parallel) or `"nothing"`.

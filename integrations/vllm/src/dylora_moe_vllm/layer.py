@@ -27,7 +27,7 @@ def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def listen(layer: nn.Module, decide: Callable[[Tensor], None]) -> None:
+def listen(layer: Any, decide: Callable[[Tensor], None]) -> None:
     """Have `decide` called with the state that enters a decoder layer, each time before the layer runs.
 
     The state is `hidden_states`, or its sum with `residual` where the model hands both from layer to layer.
@@ -38,8 +38,8 @@ def listen(layer: nn.Module, decide: Callable[[Tensor], None]) -> None:
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     if "hidden_states" not in names:
         raise SettingsError(
-            f"vLLM's {type(layer).__name__} takes no hidden_states ({', '.join(names)}): the state that the router reads "
-            "is not known; serve the mixture with dylora-moe."
+            f"vLLM's {type(layer).__name__} takes no hidden_states ({', '.join(names)}): the state that the router "
+            "reads is not known; serve the mixture with dylora-moe."
         )
     places = {name: names.index(name) if name in names else None for name in ("hidden_states", "residual")}
     layer.dylora_entering = Entering(places, decide)

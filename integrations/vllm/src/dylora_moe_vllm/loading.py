@@ -58,7 +58,9 @@ class Loader:
             LoadError: a tensor is missing, or vLLM keeps the rows of a matrix in an order that cannot be found out.
         """
         if missing := sorted(set(self._shapes) - set(self._tensors)):
-            raise LoadError(f"{missing[0]} is missing ({len(missing)} of {len(self._shapes)}); export the mixture again.")
+            raise LoadError(
+                f"{missing[0]} is missing ({len(missing)} of {len(self._shapes)}); export the mixture again."
+            )
         for name, parameter in self._router.named_parameters():
             parameter.data.copy_(self._tensors[f"{PREFIX}router.{name}"])
         for linear, experts, sources in self._linears:
@@ -101,15 +103,15 @@ class Loader:
         """The row of B for every output of this rank."""
         expected = experts.rows_of(source)
         weight = getattr(linear, "weight", None)
-        readable = isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype == self._dtype
-        if readable and weight.shape[1] == experts.A.shape[1] and self._columns.get(source.path):
+        columns_of_file = self._columns.get(source.path)
+        if isinstance(weight, Tensor) and weight.dtype == self._dtype and columns_of_file:
             loaded = weight.data[experts.outputs_of(source), :COLUMNS].cpu()
-            for columns in self._columns[source.path]:
+            for columns in columns_of_file:
                 if (rows := row_order(columns, loaded, expected)) is not None:
                     return rows
         elif source.part is not None or len(experts.geometry.parts) == 1:
             return expected  # a quantized matrix that is not fused: the geometry is all there is to know
         raise LoadError(
-            f"{source.path}: in which order vLLM keeps the rows of this matrix cannot be told from its weights; leave it "
-            "out of the experts' target_modules."
+            f"{source.path}: in which order vLLM keeps the rows of this matrix cannot be told from its weights; leave "
+            "it out of the experts' target_modules."
         )

@@ -27,9 +27,9 @@ class Mixture(nn.Module):
         selected: → the linear that selectors adapt, as it stands in the model now.
     """
 
-    def __init__(
-        self, settings: Settings, hidden_size: int, mean: nn.Module | None, selected: Callable[[], Any]
-    ):
+    closed: Tensor
+
+    def __init__(self, settings: Settings, hidden_size: int, mean: nn.Module | None, selected: Callable[[], Any]):
         super().__init__()
         self.settings, self.in_force = settings, InForce()
         self.router, self.patterns, self.mean = Router(settings, hidden_size), Patterns(), mean

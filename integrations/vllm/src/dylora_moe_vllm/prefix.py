@@ -1,7 +1,7 @@
 """Prefix granularity: the running mean of a request's scores, as attention whose logits are all equal.
 
-Its state is KV cache, so that chunks of a prompt, cached prefixes and preemption are right by construction. It costs one
-layer of KV. Shapes: T tokens, n router outputs.
+Its state is KV cache, so that chunks of a prompt, cached prefixes and preemption are right by construction. It costs
+one layer of KV. Shapes: T tokens, n router outputs.
 """
 
 from __future__ import annotations

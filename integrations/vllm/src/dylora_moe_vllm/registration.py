@@ -1,4 +1,4 @@
-"""Telling vLLM which architectures there are besides its own, how to check their configuration, and who resolves selectors."""
+"""Telling vLLM which architectures there are besides its own, who checks their settings and who finds selectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors: stock LoRA adapters that carry routing weights, so that a request's model name decides instead of the router.
+"""Selectors: stock LoRA adapters that carry routing weights, so that a request's model name decides, not the router.
 
 vLLM knows which adapter each token's request asked for, and keeps the prefix caches of adapters apart. A selector is of
 rank 1, on a linear `[1, E]` that is never called; its A *is* the row of weights. Shapes: T tokens, S slots, E experts.
