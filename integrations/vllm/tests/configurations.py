@@ -1,4 +1,4 @@
-"""What vLLM says to several folders and arguments, before anything is loaded: a list in, a list of errors out, both JSON.
+"""What vLLM says to some folders and arguments, before anything is loaded: a list in, a list of errors out, both JSON.
 
     python configurations.py JOBS ERRORS
 
