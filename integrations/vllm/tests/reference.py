@@ -100,6 +100,7 @@ class Case:
         strength: standard deviation of the experts' B.
         overrides: of the base's configuration.
         forced: names asked for besides routed.
+        mixtures: fixed ones, by the names of their selectors.
         long: prompts may be longer than a chunk.
     """
 
@@ -112,6 +113,7 @@ class Case:
     strength: float = 0.1
     overrides: dict[str, Any] = field(default_factory=dict)
     forced: tuple[str, ...] = ()
+    mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
     long: bool = True
 
 
@@ -121,6 +123,7 @@ CASES: dict[str, Case] = {
     "dense": Case(config={"top_k": 4}),
     "two": Case(experts=2),
     "eight": Case(experts=8),
+    "fixed": Case(prompts=12, forced=("red", "half"), mixtures={"half": {"red": 0.25, "blue": 0.5}}),
     "prefix": Case(config={"granularity": "prefix"}, prompts=24, forced=FORCED),
     "linear": Case(config={"router_type": "linear"}, prompts=24),
     "temperature": Case(config={"temperature": 0.5}, prompts=24),
@@ -225,12 +228,15 @@ def write(name: str, out: Path) -> None:
     """One case: folder and answers."""
     case = CASES[name]
     model = mixture_of(case, base := base_of(case, out / "bases" / name))
-    model.export_vllm(out / name)
+    model.export_vllm(out / name, case.mixtures)
     vocabulary = VOCAB if case.base != "smollm2" else model.config.vocab_size
     prompts = prompts_of(case, vocabulary)
     answers = {"routed": answers_of(model, prompts, case.new)}
     for who in case.forced:
-        answers[who] = answers_of(model, prompts, case.new, experts=who)
+        fixed = case.mixtures.get(who)
+        weights = torch.tensor([(fixed or {}).get(expert, 0.0) for expert in model.expert_names])
+        forced = {"routing_weights": weights} if fixed else {"experts": who}
+        answers[who] = answers_of(model, prompts, case.new, **forced)
     loads = torch.stack([model(torch.tensor([p])).routing_weights.mean((0, 1)) for p in prompts]).mean(0)
     (out / f"{name}.json").write_text(json.dumps({"answers": answers}))
     changed = sum(a["tokens"] != b["tokens"] for a, b in zip(answers["routed"], answers.get("base", []), strict=False))

@@ -67,13 +67,26 @@ def test_smollm2(references: Path, tmp_path: Path) -> None:
     mixed(folder, answers, "smollm2", tmp_path)
 
 
+def test_fixed_mixture_and_fewer_slots_than_selectors(references: Path, tmp_path: Path) -> None:
+    folder, answers = reference("fixed", references)
+    mixed(folder, answers, "fixed", tmp_path, max_loras=1)
+
+
+def test_speculative(references: Path, tmp_path: Path) -> None:
+    folder, answers = reference("top2", references)
+    rows = answers["routed"]
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    (batch,) = run(folder, [{"requests": requests(rows)}], 24, tmp_path, speculative_config=ngram)
+    check("top2, ngram", batch, rows)
+
+
 @pytest.mark.parametrize("case", ["top2", "prefix"])
 def test_mixed_with_forced(case: str, references: Path, tmp_path: Path) -> None:
     folder, answers = reference(case, references)
     mixed(folder, answers, case, tmp_path)
 
 
-def mixed(folder: Path, answers: dict, case: str, scratch: Path) -> None:
+def mixed(folder: Path, answers: dict, case: str, scratch: Path, **engine: int) -> None:
     """Routed and forced requests for the same prompts, all at once in one engine, twice."""
     kinds = [None if who == "routed" else who for who in answers]
     asked = [
@@ -82,7 +95,7 @@ def mixed(folder: Path, answers: dict, case: str, scratch: Path) -> None:
         for request in rows
     ]
     new = len(answers["routed"][0]["tokens"])
-    engine = {"enable_lora": True, "max_loras": len(kinds) - 1, "max_lora_rank": 8}
+    engine = {"enable_lora": True, "max_loras": len(kinds) - 1, "max_lora_rank": 8} | engine
     rounds = run(folder, [{"requests": asked}] * 2, new, scratch, **engine)
     for round_, outs in zip(("cold", "warm"), rounds, strict=True):
         for at, who in enumerate(kinds):
