@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dylora_moe_vllm.experts import Experts, Source, add_to
+from dylora_moe_vllm.experts import Experts, Source, add_to, sources_by_linear
 from dylora_moe_vllm.geometry import Geometry
 from dylora_moe_vllm.in_force import InForce, Patterns
 from dylora_moe_vllm.settings import Carried
@@ -90,3 +90,14 @@ def test_a_linear_keeps_its_type_and_a_shared_method_stays_as_it_was():
     with torch.no_grad():
         found = linear.quant_method.apply(linear, x, linear.bias)
         torch.testing.assert_close(found, linear(x) + loop(x, weights, A, B, Q), rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_that_one_linear_computes_belong_together():
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]}
+    modules = {"l.1.attn.v_proj": V, "l.1.mlp.gate_up_proj": Q, "l.1.attn.q_proj": Q, "l.2.attn.v_proj": V, "head": V}
+    assert sources_by_linear(modules, packed) == {
+        "l.1.attn.qkv_proj": [Source("l.1.attn.q_proj", 0, Q), Source("l.1.attn.v_proj", 2, V)],
+        "l.1.mlp.gate_up_proj": [Source("l.1.mlp.gate_up_proj", None, Q)],
+        "l.2.attn.qkv_proj": [Source("l.2.attn.v_proj", 2, V)],
+        "head": [Source("head", None, V)],
+    }

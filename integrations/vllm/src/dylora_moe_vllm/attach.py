@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from .experts import Experts, Source, add_to
+from .experts import Experts, Source, add_to, sources_by_linear
 from .geometry import Geometry
 from .in_force import InForce, Patterns
-from .settings import Carried, Settings, SettingsError
+from .settings import Settings, SettingsError
 
 
 def geometry_of(linear: LinearBase) -> Geometry:
@@ -34,25 +33,6 @@ def geometry_of(linear: LinearBase) -> Geometry:
     by_input, by_output = isinstance(linear, RowParallelLinear), isinstance(linear, ColumnParallelLinear)
     cut = "inputs" if by_input else "outputs" if by_output else "nothing"
     return Geometry(linear.input_size, parts, replicas, linear.tp_rank, linear.tp_size, cut)
-
-
-def sources_by_linear(
-    modules: Mapping[str, tuple[Carried, ...]], packed: Mapping[str, list[str]]
-) -> dict[str, list[Source]]:
-    """The mixture's matrices, grouped by the path of the linear that computes them.
-
-    Args:
-        modules: of the mixture's settings.
-        packed: vLLM's `packed_modules_mapping`: the linear's name → the names of its parts in the Hugging Face model.
-    """
-    part_of = {part: name for name, parts in packed.items() for part in parts if len(parts) > 1}
-    found: dict[str, list[Source]] = {}
-    for path, carried in modules.items():
-        parent, _, leaf = path.rpartition(".")
-        linear = part_of.get(leaf, leaf)
-        part = packed[linear].index(leaf) if leaf in part_of else None
-        found.setdefault(f"{parent}.{linear}" if parent else linear, []).append(Source(path, part, carried))
-    return {path: sorted(sources, key=lambda source: source.part or 0) for path, sources in found.items()}
 
 
 def attach(
