@@ -95,9 +95,14 @@ def test_a_linear_keeps_its_type_and_a_shared_method_stays_as_it_was():
 def test_matrices_that_one_linear_computes_belong_together():
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]}
     modules = {"l.1.attn.v_proj": V, "l.1.mlp.gate_up_proj": Q, "l.1.attn.q_proj": Q, "l.2.attn.v_proj": V, "head": V}
-    assert sources_by_linear(modules, packed) == {
+    assert sources_by_linear(modules, packed, str) == {
         "l.1.attn.qkv_proj": [Source("l.1.attn.q_proj", 0, Q), Source("l.1.attn.v_proj", 2, V)],
         "l.1.mlp.gate_up_proj": [Source("l.1.mlp.gate_up_proj", None, Q)],
         "l.2.attn.qkv_proj": [Source("l.2.attn.v_proj", 2, V)],
         "head": [Source("head", None, V)],
     }
+
+
+def test_matrices_keep_their_names_where_vllm_has_others():
+    found = sources_by_linear({"gpt_neox.layers.1.fc": V, "gone": V}, {}, {"gpt_neox.layers.1.fc": "model.1.fc"}.get)
+    assert found == {"model.1.fc": [Source("gpt_neox.layers.1.fc", None, V)], "gone": [Source("gone", None, V)]}

@@ -30,7 +30,8 @@ VOCAB = 512
 CHUNK = 64
 """Tokens that vLLM reads at once in the comparisons; prompts are shorter and longer than that."""
 
-TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+# the tokenizer's end of text, which vLLM forbids as well while an answer is shorter than it must be
+TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
 GROUPED: dict[str, Any] = TOKENS | {
     "hidden_size": 128,
     "intermediate_size": 192,

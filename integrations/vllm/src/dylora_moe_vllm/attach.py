@@ -52,15 +52,11 @@ def attach(
         SettingsError: the model has no such module, it is none that can carry experts, or it is not in a decoder layer
             from k on, so that it would run before the router has decided.
     """
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    renamed = mapper.get_rename_mapper().map_name if mapper is not None else str
+    packed = getattr(model, "packed_modules_mapping", {})
     found = []
-    for path in settings.modules:
-        number = path.removeprefix(f"{layers}.").partition(".")[0]
-        if not path.startswith(f"{layers}.") or not number.isdecimal() or int(number) < settings.router_layer:
-            raise SettingsError(
-                f"{path} is not in {layers}.{settings.router_layer} to {layers}.{settings.layers - 1}: it would run "
-                "before the router has decided; serve the mixture with dylora-moe, or train experts on those layers."
-            )
-    for path, sources in sources_by_linear(settings.modules, getattr(model, "packed_modules_mapping", {})).items():
+    for path, sources in sources_by_linear(settings.modules, packed, renamed).items():
         named = sources[0].path
         try:
             linear = model.get_submodule(path)
@@ -68,6 +64,12 @@ def attach(
             raise SettingsError(
                 f"{named}: vLLM's model has no {path}; leave the module out of the experts' target_modules."
             ) from None
+        number = path.removeprefix(f"{layers}.").partition(".")[0]
+        if not path.startswith(f"{layers}.") or not number.isdecimal() or int(number) < settings.router_layer:
+            raise SettingsError(
+                f"{named} is in none of the decoder layers {settings.router_layer} to {settings.layers - 1}: it "
+                "would run before the router has decided; serve the mixture with dylora-moe, or train experts on those layers."
+            )
         if not isinstance(linear, LinearBase):
             raise SettingsError(
                 f"{named} is a {type(linear).__name__} in vLLM, which cannot carry routed experts; leave it out of the "

@@ -10,7 +10,7 @@ from .settings import Settings, SettingsError, parse
 
 logger = logging.getLogger("vllm.dylora_moe")
 
-MULTIPLE_RUNNERS = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
+REFUSED_SIZES = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
 
 
 def prepare(config: Any) -> Settings:
@@ -44,7 +44,7 @@ def prepare(config: Any) -> Settings:
 
 def _refuse(config: Any, settings: Settings) -> None:
     model, parallel = config.model_config, config.parallel_config
-    for name in MULTIPLE_RUNNERS:
+    for name in REFUSED_SIZES:
         if (size := getattr(parallel, name)) != 1:
             raise SettingsError(
                 f"{name}={size}: what one decoder layer decides does not reach other stages; use tensor parallelism."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,18 +41,19 @@ class Source:
 
 
 def sources_by_linear(
-    modules: Mapping[str, tuple[Carried, ...]], packed: Mapping[str, list[str]]
+    modules: Mapping[str, tuple[Carried, ...]], packed: Mapping[str, list[str]], renamed: Callable[[str], str | None]
 ) -> dict[str, list[Source]]:
     """The mixture's matrices, grouped by the path of the linear that computes them.
 
     Args:
         modules: of the mixture's settings.
         packed: vLLM's `packed_modules_mapping`: the linear's name → the names of its parts in the Hugging Face model.
+        renamed: path in the Hugging Face model → path in vLLM's, but for packed parts; None if it has no such module.
     """
     part_of = {part: name for name, parts in packed.items() for part in parts if len(parts) > 1}
     found: dict[str, list[Source]] = {}
     for path, carried in modules.items():
-        parent, _, leaf = path.rpartition(".")
+        parent, _, leaf = (renamed(path) or path).rpartition(".")
         linear = part_of.get(leaf, leaf)
         part = packed[linear].index(leaf) if leaf in part_of else None
         found.setdefault(f"{parent}.{linear}" if parent else linear, []).append(Source(path, part, carried))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.registry import ModelRegistry
 
@@ -47,7 +47,17 @@ class RoutedModel:
         loaded = set(super().load_weights(loader.of_base(weights)) or ())
         loader.place()
         getattr(self, SELECT).weight.data.zero_()
+        self._dylora_take_selectors_only()
         return loaded | {name for name, _ in self.named_parameters() if "dylora" in name}
+
+    def _dylora_take_selectors_only(self) -> None:
+        """Have vLLM refuse every adapter but selectors, which would be ignored otherwise, and the base answer.
+
+        vLLM, which makes its LoRA after loading, lets an adapter have the parts of each linear, by these two tables.
+        """
+        linears = {path.rpartition(".")[2] for path, m in self.named_modules() if isinstance(m, LinearBase)}
+        self.packed_modules_mapping: dict[str, list[str]] = {name: [] for name in linears - {SELECT}}
+        self.embedding_modules: dict[str, str] = {}
 
 
 @functools.cache
