@@ -67,8 +67,8 @@ def attach(
         number = path.removeprefix(f"{layers}.").partition(".")[0]
         if not path.startswith(f"{layers}.") or not number.isdecimal() or int(number) < settings.router_layer:
             raise SettingsError(
-                f"{named} is in none of the decoder layers {settings.router_layer} to {settings.layers - 1}: it "
-                "would run before the router has decided; serve the mixture with dylora-moe, or train experts on those layers."
+                f"{named} is in none of the decoder layers {settings.router_layer} to {settings.layers - 1}: it would "
+                "run before the router has decided; serve the mixture with dylora-moe, or train experts on those only."
             )
         if not isinstance(linear, LinearBase):
             raise SettingsError(
