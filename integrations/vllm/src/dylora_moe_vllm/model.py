@@ -6,7 +6,8 @@ The classes are made when vLLM asks this module for them by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +28,9 @@ class RoutedModel:
     """What stands before a model class of vLLM: builds the base, then the mixture on it, and loads both."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         model = vllm_config.model_config
+        with _named_as_base(model.hf_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         settings = parse(getattr(model.hf_config, "dylora_moe", None))
         path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
         mean = None
@@ -58,6 +60,17 @@ class RoutedModel:
         linears = {path.rpartition(".")[2] for path, m in self.named_modules() if isinstance(m, LinearBase)}
         self.packed_modules_mapping: dict[str, list[str]] = {name: [] for name in linears - {SELECT}}
         self.embedding_modules: dict[str, str] = {}
+
+
+@contextmanager
+def _named_as_base(config: Any) -> Iterator[None]:
+    """Its architectures are the base's for a while: vLLM's Transformers backend goes by them in renaming weights."""
+    named = config.architectures
+    config.architectures = [name.removeprefix(PREFIX) for name in named]
+    try:
+        yield
+    finally:
+        config.architectures = named
 
 
 @functools.cache
