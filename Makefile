@@ -65,7 +65,7 @@ $(VLLM_INSTALLED): $(VLLM)/pyproject.toml
 	$(VLLM_PIP) install --no-deps -e $(VLLM)
 	@touch $@
 
-test-vllm: install $(VLLM_INSTALLED) ## compare the answers of vLLM's plugin with the library's, on the CPU (about 45 minutes)
+test-vllm: install $(VLLM_INSTALLED) ## compare the answers of vLLM's plugin with the library's, on the CPU (about an hour)
 	$(OFFLINE) $(VLLM_RUN) pytest -s -c $(VLLM)/pyproject.toml $(ARGS) $(VLLM)/tests
 
 lint: install ## check style, format and types
