@@ -20,6 +20,7 @@ from .attach import attach
 from .layer import decoder_layers, listen
 from .loading import Loader
 from .mixture import Mixture
+from .prefix import RunningMean
 from .selectors import SELECT
 from .settings import parse
 
@@ -33,11 +34,7 @@ class RoutedModel:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         settings = parse(getattr(model.hf_config, "dylora_moe", None))
         path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
-        mean = None
-        if settings.granularity == "prefix":
-            from .prefix import RunningMean
-
-            mean = RunningMean(vllm_config, settings.layers)
+        mean = RunningMean(vllm_config, settings.layers) if settings.granularity == "prefix" else None
         self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT))
         setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
         listen(layers[settings.router_layer], self.dylora.decide)
