@@ -23,9 +23,10 @@ def load_base(
     """The base model and the name it is saved under (a local folder by its absolute path)."""
     if isinstance(base, str):
         name = str(Path(base).resolve()) if Path(base).is_dir() else base
-        model = AutoModelForCausalLM.from_pretrained(resolve_base(base), **kwargs)
-        if not Path(resolve_base(base)).is_dir():
-            _note_commit(model, base, kwargs)
+        source = resolve_base(base)
+        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        if not Path(source).is_dir():
+            _note_commit(model, source, kwargs)
         return model, name
     if isinstance(base, os.PathLike):
         return load_base(os.fspath(base), kwargs)
