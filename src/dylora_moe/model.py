@@ -82,6 +82,7 @@ from .exporting.adapters import export_adapters
 from .exporting.merged import export_merged
 from .exporting.routed import export_routed
 from .exporting.source import Source
+from .layers.adding import out_of_sight
 from .layers.groups import lay_out_experts
 from .layers.in_force import Generation, Holder
 from .layers.recompute import give_back_checkpoints
@@ -192,8 +193,10 @@ class DyLoraMoE(PeftModelForCausalLM):
         try:
             with without_notes_for_peft():
                 super().__init__(base, experts[names[0]], names[0], autocast_adapter_dtype=autocast_adapter_dtype)
-            for name in names[1:]:
-                super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
+            with out_of_sight(base) as hide:
+                for name in names[1:]:
+                    hide()
+                    super().add_adapter(name, experts[name], autocast_adapter_dtype=autocast_adapter_dtype)
             self.base_model.__class__ = WholeLoraModel
             self.moe_config, self.placement, self.router_layer_index = config, placement, first
             self.holder = Holder(resting=BARE)
@@ -808,7 +811,9 @@ class DyLoraMoE(PeftModelForCausalLM):
         config = self._fresh_config(cast(Any, source)) if adapter is None else adapter.config
         position = self.num_experts
         try:
-            super().add_adapter(name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            with out_of_sight(base) as hide:
+                hide()
+                super().add_adapter(name, config, autocast_adapter_dtype=autocast_adapter_dtype)
             self.experts.states[name] = NEW
             self.moe_config.set_experts(self.expert_names)
             self.router.grow(position)
