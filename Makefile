@@ -40,11 +40,12 @@ test-all: install test-processors test-vllm ## run the slow tests as well, the i
 # torch rounds differently with other vector instructions and threads. An x86 processor can do what lies below its
 # own as well; on others there is one kind.
 INVARIANTS ?= tests/invariants
+THREADS ?= 1 2
 
 test-processors: install ## run the invariants with and without vector instructions, with one and two threads
 	@own=$$($(VENV)/bin/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())') || exit; \
 	case $$own in AVX512) levels="default avx2 own";; AVX2) levels="default own";; *) levels=own;; esac; \
-	for level in $$levels; do for threads in 1 2; do \
+	for level in $$levels; do for threads in $(THREADS); do \
 		echo "== $$level (this processor: $$own), threads: $$threads"; \
 		(if [ $$level = own ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$level; fi; \
 		export OMP_NUM_THREADS=$$threads; $(PYTEST) -q $(INVARIANTS)) || exit; \

@@ -1,9 +1,10 @@
 """How long learning a skill of 200 rows takes beside a plain LoRA of the same rank on the same rows and layers.
 
-    python benchmarks/learning.py [--rounds 3] [--base embedded]
+    python benchmarks/learning.py [--rounds 3] [--steps 25] [--base embedded]
 
 Both in turn in one process: looking at the rows, training and teaching the router, against TRL's SFTTrainer on a stock
-PEFT model, 25 steps of 8 rows each. What novelty reads once for a base is read before.
+PEFT model, as many steps of 8 rows each: 25 go once through the rows, `dylora-moe learn` by itself takes 75. What
+novelty reads once for a base is read before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dylora_moe.lifelong.learn import Training, learn
 from dylora_moe.training.run.arguments import DEFAULT_ARGUMENTS
 from dylora_moe.training.run.build import single_lora_config
 
-OLD, NEW, ROWS, STEPS, BATCH = ("json", "sql", "date"), "cart", 200, 25, 8
+OLD, NEW, ROWS, BATCH = ("json", "sql", "date"), "cart", 200, 8
 
 
 def examples(skill: str, count: int, seed: int = 0) -> list[Example]:
@@ -39,6 +40,7 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--base", default=EMBEDDED)
     asked = parser.parse_args()
     source = resolve_base(asked.base)
@@ -51,17 +53,17 @@ def main() -> None:
     single = single_lora_config(mixture)
     single.r, single.lora_alpha = 8, 16
     plain: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(source), single)
-    ratios = []
+    training, ratios = Training(steps=asked.steps, batch_size=BATCH), []
     for number in range(asked.rounds):
         rows = examples(NEW, ROWS, seed=number + 1)  # others each time: what was read last is kept
         started = time.perf_counter()
-        learn(mixture, rows, NEW, tokenizer, everything=True, training=Training(steps=STEPS, batch_size=BATCH))
+        learn(mixture, rows, NEW, tokenizer, everything=True, training=training)
         ours = time.perf_counter() - started
         mixture.forget(NEW)
         with tempfile.TemporaryDirectory() as folder:
             settings = {
                 **DEFAULT_ARGUMENTS,
-                "max_steps": STEPS,
+                "max_steps": asked.steps,
                 "per_device_train_batch_size": BATCH,
                 "save_strategy": "no",
             }
