@@ -6,11 +6,15 @@ Prompts are read before the clock starts; what is timed are the steps in which e
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,7 +130,7 @@ def _engine(
 
 
 def _http(settings: Settings, model: Any, kind: Kind, ids: torch.Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Streams through the server, whose clients are a thread of this process."""
+    """Streams through the server, whose clients are a process of their own."""
     from dylora_moe.serving.service import Service
 
     session: Any = SimpleNamespace(model=model, tokenizer=_tokenizer(settings), chat=False)
@@ -137,8 +141,7 @@ def _http(settings: Settings, model: Any, kind: Kind, ids: torch.Tensor) -> tupl
     def read() -> Iterator[None]:
         with _server(service) as port:
             models = [NAME if expert is None else f"{NAME}:{expert}" for expert in _experts(settings, model, kind)]
-            clients = _Clients(port, models, ids.tolist(), _most(settings))
-            with clients.asking():
+            with _clients(port, models, ids.tolist(), _most(settings)):
                 yield
             while service.engine.live or service.engine.waiting:
                 time.sleep(0.001)
@@ -174,60 +177,21 @@ def _server(service: Any) -> Iterator[int]:
             thread.join()
 
 
-class _Clients:
-    """Clients that ask at once and read their streams."""
-
-    def __init__(self, port: int, models: list[str], prompts: list[list[int]], most: int):
-        self.port, self.models, self.prompts, self.most = port, models, prompts, most
-        self.begun = 0
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """All have their first token when the block begins; they go away when it ends."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-        asked = asyncio.run_coroutine_threadsafe(self._ask(), loop)
-        try:
-            while self.begun < len(self.models):
-                if asked.done():
-                    asked.result()
-                time.sleep(0.001)
-            yield
-        finally:
-            asked.cancel()
-            while asyncio.run_coroutine_threadsafe(_others(), loop).result():
-                time.sleep(0.001)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
-
-    async def _ask(self) -> None:
-        await asyncio.gather(*(self._one(*each) for each in zip(self.models, self.prompts, strict=True)))
-
-    async def _one(self, model: str, prompt: list[int]) -> None:
-        import json
-
-        body = {"model": model, "prompt": prompt, "max_tokens": self.most, "temperature": 0, "stream": True}
-        content = json.dumps(body).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            status = await reader.readline()
-            if b" 200 " not in status:
-                raise RuntimeError(f"the server answered {status!r}: {(await reader.read(2000))!r}")
-            await reader.readuntil(b"data: ")
-            self.begun += 1
-            while await reader.read(1 << 16):
-                pass
-        finally:
-            writer.close()
-
-
-async def _others() -> int:
-    """How many tasks of the loop have not ended, but for this one."""
-    return len(asyncio.all_tasks()) - 1
+@contextmanager
+def _clients(port: int, models: list[str], prompts: list[list[int]], most: int) -> Iterator[None]:
+    """Clients that ask at once and read their streams: all have a token when the block begins, and go when it ends."""
+    shared = {"max_tokens": most, "temperature": 0, "stream": True}
+    bodies = [{"model": model, "prompt": prompt, **shared} for model, prompt in zip(models, prompts, strict=True)]
+    command = [sys.executable, Path(__file__).with_name("clients.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps({"port": port, "bodies": bodies}) + "\n")
+        process.stdin.flush()
+        said = process.stdout.readline().strip()
+        if said != "reading":
+            raise RuntimeError(said or "the clients ended before they had an answer")
+        yield
 
 
 def _tokenizer(settings: Settings) -> Any:
