@@ -53,7 +53,7 @@ def main() -> None:
 
     handles = [layer.register_forward_pre_hook(note) for layer in model.routed_layers]
     found = {}
-    with evaluating(model):
+    with evaluating(model.modules()):
         for name in FOUR:
             own, tokens, prompts = model.expert_names.index(name), [], []
             for row in read_rows(

@@ -171,7 +171,7 @@ def main() -> None:
         return states_of(base, placement, k, read_rows([row], tokenizer)[0], window)
 
     domains: dict[str, Domain] = {}
-    with evaluating(base):
+    with evaluating(base.modules()):
         for file, (names, count, draw) in todo.items():
             for name in names:
                 if name not in domains:

@@ -105,7 +105,7 @@ def _reader(name: str) -> Callable[[list[dict]], RowViews]:
     k, window = placement.num_layers // 4, window_of(base)
 
     def read(rows: list[dict]) -> RowViews:
-        with evaluating(base):
+        with evaluating(base.modules()):
             return RowViews.of_each(states_of(base, placement, k, row, window) for row in read_rows(rows, tokenizer))
 
     return read
