@@ -31,6 +31,10 @@ TEMPLATE = (
 )
 
 
+CLIENT = httpx.Client(timeout=20)
+"""One for all: making one takes longer than an answer."""
+
+
 class Before(NamedTuple):
     """A gateway that runs: its `url`, what it serves, and the engine behind it."""
 
@@ -41,7 +45,7 @@ class Before(NamedTuple):
     def post(self, path: str = "/v1/chat/completions", model: str = NAME, **body: Any) -> httpx.Response:
         if path == "/v1/chat/completions":
             body.setdefault("messages", [{"role": "user", "content": "aabaaab"}])
-        return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=20)
+        return CLIENT.post(f"{self.url}{path}", json={"model": model, **body})
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +118,19 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
 def test_the_expert_is_the_one_that_the_mixture_chooses(folder: Path, live: Before, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Service, "start_novelty", lambda self: None)
     common = {"model": NAME, "max_tokens": 1, "routing": True}
-    asked = [("/v1/chat/completions", {"messages": messages}) for messages in conversations(24)]
-    asked += [("/v1/completions", {"prompt": row["prompt"]}) for topic in range(5) for row in texts(topic, 2)]
+    asked: list[tuple[str, dict[str, Any]]]
+    asked = [("/v1/chat/completions", {"messages": messages}) for messages in conversations(16)]
+    asked += [("/v1/completions", {"prompt": row["prompt"]}) for topic in range(5) for row in texts(topic, 1)]
     asked += [("/v1/completions", {"prompt": [1, 5 + n, 9, 3 * n]}) for n in range(4)]
     found = []
     with live_server(folder) as whole:
         for path, body in asked:
-            (token,) = httpx.post(f"{whole.url}{path}", json={**common, **body}).json()["choices"][0]["routing"]
+            (token,) = CLIENT.post(f"{whole.url}{path}", json={**common, **body}).json()["choices"][0]["routing"]
             answer = live.post(path, **body)
             assert answer.headers["x-dylora-expert"] == live.fake.last["model"] == token["expert"]
             assert answer.headers["x-dylora-choice"] == "routed"
             found.append(token["expert"])
-    assert len(found) == 38
+    assert len(found) == 25
     assert len(set(found)) >= 4
 
 
@@ -133,7 +138,7 @@ def test_the_body_is_passed_on_but_for_the_model(live: Before):
     rest = {"messages": [{"role": "user", "content": "aé\u2028"}], "n": 2, "big": 2**70, "deep": {"x": [None, 1.5]}}
     headers = {"authorization": "Bearer of-the-client", "x-request-id": "my-id", "x-own": "1", "connection": "x-hop"}
     asked = {**rest, "model": f"{NAME}:sql"}
-    answer = httpx.post(f"{live.url}/v1/chat/completions", json=asked, headers={**headers, "x-hop": "1"})
+    answer = CLIENT.post(f"{live.url}/v1/chat/completions", json=asked, headers={**headers, "x-hop": "1"})
     path, _, received = live.fake.asked[-1]
     assert path == "/v1/chat/completions"
     assert live.fake.last == {**rest, "model": "sql"}
@@ -147,9 +152,9 @@ def test_the_body_is_passed_on_but_for_the_model(live: Before):
 
 
 def test_names(live: Before):
-    listed = [model["id"] for model in httpx.get(f"{live.url}/v1/models").json()["data"]]
+    listed = [model["id"] for model in CLIENT.get(f"{live.url}/v1/models").json()["data"]]
     assert listed == [NAME, f"{NAME}:base", *(f"{NAME}:{name}" for name in NAMES)]
-    assert httpx.get(f"{live.url}/v1/models/{NAME}:law").json()["id"] == f"{NAME}:law"
+    assert CLIENT.get(f"{live.url}/v1/models/{NAME}:law").json()["id"] == f"{NAME}:law"
     for name in NAMES:
         live.post(model=f"{NAME}:{name}", messages="is not looked at")
         assert live.fake.last["model"] == name
@@ -162,9 +167,9 @@ def test_names(live: Before):
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert f"there are {NAME}, {NAME}:base, {NAME}:sql" in error["message"]
-    assert httpx.get(f"{live.url}/v1/models/sql").status_code == 404
-    assert httpx.post(f"{live.url}/v1/embeddings", json={}).status_code == 404
-    assert httpx.get(f"{live.url}/v1/chat/completions").status_code == 405
+    assert CLIENT.get(f"{live.url}/v1/models/sql").status_code == 404
+    assert CLIENT.post(f"{live.url}/v1/embeddings", json={}).status_code == 404
+    assert CLIENT.get(f"{live.url}/v1/chat/completions").status_code == 405
     assert len(live.fake.asked) == before
 
 
@@ -185,7 +190,7 @@ def test_names(live: Before):
 )
 def test_what_cannot_be_read(live: Before, path: str, body: dict[str, Any], message: str):
     content = json.dumps({"model": NAME, **body})
-    answer = httpx.post(f"{live.url}{path}", content=content, headers={"content-type": "application/json"})
+    answer = CLIENT.post(f"{live.url}{path}", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert not live.fake.asked
@@ -220,7 +225,7 @@ def test_a_stream_comes_byte_for_byte_as_the_engine_sends_it(live: Before):
     live.fake.goes_on.clear()
     live.fake.parts = [b'data: {"odd" :1}\r\n\r\n: a comment\n\n', b"\xff half", b" an event\n\ndata: [DONE]\n\n"]
     body = {"model": NAME, "messages": [{"role": "user", "content": "ccd"}], "stream": True}
-    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=body, timeout=20) as answer:
+    with CLIENT.stream("POST", f"{live.url}/v1/chat/completions", json=body) as answer:
         parts = answer.iter_raw()
         assert next(parts) == live.fake.parts[0]  # while the engine waits for what follows
         live.fake.goes_on.set()
@@ -234,11 +239,11 @@ def test_a_client_that_goes_away_takes_its_request_along(live: Before, stream: b
     live.fake.goes_on.clear()
     body = {"model": NAME, "messages": [{"role": "user", "content": "aab"}], "stream": stream}
     if stream:
-        with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=body, timeout=20) as answer:
+        with CLIENT.stream("POST", f"{live.url}/v1/chat/completions", json=body) as answer:
             next(answer.iter_raw())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=0.3)
+            CLIENT.post(f"{live.url}/v1/chat/completions", json=body, timeout=0.3)
     assert live.fake.left.wait(10)
 
 
@@ -274,13 +279,13 @@ def test_an_engine_that_is_down_and_back(router: PromptRouter):
         engine.read_names()
         port = int(url.rpartition(":")[2])
     with listening(create_app(Gateway(NAME, chooser, engine))) as own:
-        for answer in (Before(own, Gateway(NAME, chooser, engine), fake).post(), httpx.get(f"{own}/health")):
+        for answer in (Before(own, Gateway(NAME, chooser, engine), fake).post(), CLIENT.get(f"{own}/health")):
             error = answer.json()["error"]
             assert (answer.status_code, error["code"]) == (503, "engine_unavailable")
             assert f"the engine at {url} does not answer (ConnectError" in error["message"]
             assert "start it, or say with --engine" in error["message"]
         with listening(fake_app(fake), port):
-            assert httpx.get(f"{own}/health").json() == {"status": "ok", "engine": url}
+            assert CLIENT.get(f"{own}/health").json() == {"status": "ok", "engine": url}
             assert Before(own, Gateway(NAME, chooser, engine), fake).post().status_code == 200
 
 
@@ -306,9 +311,9 @@ def test_keys(router: PromptRouter):
         assert live.post().status_code == 401
         asked = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
         given = {"authorization": "Bearer own"}
-        assert httpx.post(f"{live.url}/v1/chat/completions", json=asked, headers=given).status_code == 200
+        assert CLIENT.post(f"{live.url}/v1/chat/completions", json=asked, headers=given).status_code == 200
         assert fake.asked[-1][2]["authorization"] == "Bearer engine's"
-        assert httpx.get(f"{live.url}/health").status_code == 200
+        assert CLIENT.get(f"{live.url}/health").status_code == 200
 
 
 # ---------------------------------------------------------------------- conversations
@@ -333,7 +338,7 @@ def test_a_conversation_stays_with_its_adapter(router: PromptRouter):
         assert seen(live, [{"role": "system", "content": "x"}, *said, *turn]) == ("code", "routed")
         assert live.post(model=f"{NAME}:law", messages=said + turn).headers["x-dylora-choice"] == "forced"
         assert seen(live, said + turn) == ("sql", "kept")
-        counts = httpx.get(f"{live.url}/metrics").text
+        counts = CLIENT.get(f"{live.url}/metrics").text
         assert 'dylora_moe_chosen_total{expert="sql",how="kept"} 4.0' in counts
     with before(router, fake, sticky=False) as live:
         assert seen(live, said) == ("sql", "routed")
@@ -366,7 +371,7 @@ def test_scoring_holds_nobody_up(live: Before, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_openais_client(live: Before, client: openai.OpenAI):
-    assert [model.id for model in client.models.list()][0] == NAME
+    assert next(iter(client.models.list())).id == NAME
     said: Any = [{"role": "user", "content": "bbccd"}]
     raw = client.chat.completions.with_raw_response.create(model=NAME, messages=said)
     assert raw.headers["x-dylora-expert"] == "law"

@@ -26,8 +26,8 @@ def models(*names: str, parent: str | None = None) -> list[dict[str, Any]]:
 
 
 def names(running: tuple[str, Fake], listed: list[dict[str, Any]], **options: Any) -> dict[str, str]:
-    url, running[1].models = running
-    running[1].models = listed
+    url, fake = running
+    fake.models = listed
     engine = Engine(url, ["sql", "law"], "runs/mine", **options)
     engine.read_names()
     engine.check_complete()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tinybase import save_tiny_base
 from topics import NAMES, mixture, teach
 
 
-def saved(model: DyLoraMoE, folder: Path, base: torch.nn.Module) -> PromptRouter:
+def saved(model: DyLoraMoE, folder: Path, base: Any) -> PromptRouter:
     """The router of a mixture that is saved, over a bare base."""
     model.save_pretrained(folder)
     return PromptRouter.from_pretrained(folder, base=copy.deepcopy(base))
