@@ -21,8 +21,8 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: an address that is not this machine's, or a port that is taken.
     """
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(place[:2], family=family)
     except OSError as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error}; choose another --port, or 0.") from error
 
