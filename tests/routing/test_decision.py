@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dylora_moe.routing.decision import Rows, decide, one_hot_weights, largest
+from dylora_moe.routing.decision import Rows, decide, largest, one_hot_weights
 from dylora_moe.routing.policies import Policy
 
 SCORES = torch.tensor([[[2.0, 1.0, 0.0, -1.0]], [[0.0, 3.0, 1.0, 2.0]]])
