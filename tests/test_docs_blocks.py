@@ -46,6 +46,7 @@ NOT_RUN = {
     "import lm_eval": "needs lm-eval and the hub",
     'model.push_to_hub("me/skills", private=True)': "needs the hub",
     "dylora-moe --install-completion": "changes the user's shell",
+    "dylora-moe gateway": "needs an engine",
     "dylora-moe bench --plan generation": "takes minutes",
     "dylora-moe bench --plan training": "takes minutes",
     "dylora-moe bench --plan gpu-prefill": "needs a GPU",

@@ -35,6 +35,7 @@ HELPS = (
     ["merge"],
     ["serve"],
     ["chat"],
+    ["gateway"],
 )
 
 

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from .benchmark.command import bench
 from .exporting.command import export
 from .failures import Verbose, one_message
+from .gateway.command import gateway
 from .keeping import commands as keeping
 from .keeping import warn_of_twins
 from .lifelong.command import learn
@@ -39,6 +40,7 @@ app.command()(bench)
 app.command()(learn)
 app.command()(serve)
 app.command()(chat)
+app.command()(gateway)
 app.add_typer(keeping)
 app.command()(export)
 console = Console(emoji=False)

@@ -16,7 +16,7 @@ from .training.trainer.interrupted import Interrupted
 EXTRAS = {
     "train": ("trl", "accelerate", "datasets", "gguf", "yaml", "psutil", "tensorboard"),
     "plot": ("matplotlib", "PIL", "jinja2"),
-    "serve": ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "openai"),
+    "serve": ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "openai", "httpx2"),
     "eval": ("lm_eval",),
 }
 """Extra → the modules that come with it and that a core installation may lack."""

@@ -56,7 +56,7 @@ from .checkpoint.mixture import (
     Description,
     MixtureState,
     check_gathered,
-    moved_base,
+    load_base_of,
     read_description,
     read_library,
     read_mixture,
@@ -67,7 +67,6 @@ from .checkpoint.vocabulary import (
     Vocabulary,
     added_rows,
     put_rows,
-    resize_as_saved,
     rows_by_name,
     rows_of,
     whole_embeddings,
@@ -334,20 +333,7 @@ class DyLoraMoE(PeftModelForCausalLM):
                 f"from_pretrained takes a checkpoint's folder or hub id, then base=..., not {type(directory).__name__}."
             )
         folder, known = read_description(directory)
-        if base is None:
-            if not known.base_name:
-                raise CheckpointError(
-                    f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
-                )
-            base_kwargs = {**({"revision": known.base_revision} if known.base_revision else {}), **base_kwargs}
-        try:
-            model, given_name = load_base(base or known.base_name or "", base_kwargs)
-        except OSError as error:
-            if base is not None:
-                raise
-            raise moved_base(folder, known, error) from error
-        if model is not base:
-            resize_as_saved(model, known.vocabulary)
+        model, given_name = load_base_of(folder, known, base, base_kwargs)
         state = read_mixture(folder, known, model)
         configs = {name: adapter.config for name, adapter in state.experts.items()}
         mixture = cls(model, known.config, configs, base_name=given_name or known.base_name)

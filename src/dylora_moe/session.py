@@ -58,7 +58,7 @@ class Session:
     def __init__(self, directory: str | Path, base: str | None = None, **base_kwargs: Any):
         self.model = DyLoraMoE.from_pretrained(str(directory), base=base, **base_kwargs)
         self.tokenizer: Any = load_tokenizer(directory, base or self.model.base_name)
-        self.chat = _chat_in_recipe(Path(directory)) if self.model.chat is None else self.model.chat
+        self.chat = prompts_are_chats(directory, self.model.chat)
 
     def set_top_k(self, k: int) -> None:
         """Keep the best `k` experts per token."""
@@ -181,6 +181,15 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 def _shared(one: str, other: str) -> int:
     """How many letters two texts both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def prompts_are_chats(directory: str | Path, said: bool | None) -> bool:
+    """Whether prompts go through the chat template: as the checkpoint `said`, or the recipe beside an older one.
+
+    Raises:
+        CheckpointError: a recipe that cannot be read.
+    """
+    return _chat_in_recipe(Path(directory)) if said is None else said
 
 
 def _chat_in_recipe(directory: Path) -> bool:

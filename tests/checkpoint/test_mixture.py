@@ -151,7 +151,7 @@ def test_the_revision_of_the_base_is_loaded_again(tmp_path, monkeypatch):
         asked.append((name, options))
         return tiny_base(), name
 
-    monkeypatch.setattr("dylora_moe.model.load_base", load_base)
+    monkeypatch.setattr("dylora_moe.checkpoint.mixture.load_base", load_base)
     assert DyLoraMoE.from_pretrained(str(tmp_path)).base_name == "owner/name"
     DyLoraMoE.from_pretrained(str(tmp_path), revision="main")
     assert asked == [("owner/name", {"revision": "0123abc"}), ("owner/name", {"revision": "main"})]

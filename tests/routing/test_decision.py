@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dylora_moe.routing.decision import Rows, decide, one_hot_weights
+from dylora_moe.routing.decision import Rows, decide, largest, one_hot_weights
 from dylora_moe.routing.policies import Policy
 
 SCORES = torch.tensor([[[2.0, 1.0, 0.0, -1.0]], [[0.0, 3.0, 1.0, 2.0]]])
@@ -52,3 +52,17 @@ def test_new_experts_get_nothing():
     decision = decide(SCORES, Rows(2, 1), Policy(masked=(1,)), 4)
     assert (decision.weights[..., 1] == 0).all()
     assert torch.isinf(decision.logits[..., 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.2, 0.5, 0.3], "b"),
+        ([0.4, 0.4, 0.2], "a"),
+        ([0.3, 0.0, 0.2], "base"),
+        ([0.5, 0.0, 0.0], "a"),
+        ([0.0] * 3, "base"),
+    ],
+)
+def test_the_largest_share_may_be_the_bases(weights, expected):
+    assert largest(weights, ("a", "b", "c")) == expected

@@ -59,9 +59,9 @@ def live_server(
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """An app that is served in a thread of this process, by its URL."""
-    port = socket.create_server(("127.0.0.1", 0))
+def listening(app: FastAPI, at: int = 0) -> Iterator[str]:
+    """An app that is served in a thread of this process, at a port or a free one, by its URL."""
+    port = socket.create_server(("127.0.0.1", at))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[port])))
     thread.start()

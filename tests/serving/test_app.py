@@ -255,7 +255,7 @@ def test_prompts_that_cannot_fit_are_refused_before_they_are_read(live: Live, mo
     def read(*_: Any) -> None:
         raise AssertionError("it was read")
 
-    monkeypatch.setattr("dylora_moe.serving.service.encode_prompt", read)
+    monkeypatch.setattr("dylora_moe.serving.prompts.encode_prompt", read)
     for prompt, message in ((["a"] * 300, "300 prompts"), ("a" * 2000, "2000 letters"), ([["a"], "b"], "prompt")):
         answer = httpx.post(f"{live.url}/v1/completions", json={"model": NAME, "prompt": prompt})
         assert answer.status_code == 400

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dylora_moe.base.loading import load_base
 from dylora_moe.base.placement import Placement
 from dylora_moe.config import MoELoraConfig, check_expert_name
 from dylora_moe.experts.expert_set import NEW, ROUTED
@@ -39,7 +40,7 @@ from .adapters import ADAPTER_TENSORS, Adapter, check_tensors, read_adapter, wri
 from .files import CheckpointError, local_folder, read_json, read_tensors, replacing
 from .settings import UNFIT, check_kinds, shown
 from .skills import SKILL_FILES, read_skills, write_skills
-from .vocabulary import Vocabulary, row_shapes, rows_of
+from .vocabulary import Vocabulary, resize_as_saved, row_shapes, rows_of
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "moe_config.json"
@@ -130,6 +131,38 @@ def read_description(directory: str | Path) -> tuple[Path, Description]:
     return folder, _parse(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
 
 
+def load_base_of(
+    folder: Path, description: Description, base: PreTrainedModel | str | None, base_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, str | None]:
+    """The base of the checkpoint in `folder`, with as many rows as it had, and the name it is saved under, if any.
+
+    Args:
+        folder: of the checkpoint.
+        description: what it says.
+        base: overrides the base named there; a loaded one is taken as it is.
+        base_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        CheckpointError: no base is named, or the one that is cannot be loaded.
+    """
+    if base is None:
+        if not description.base_name:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} names no base; pass base=... (a loaded model, its name or folder)."
+            )
+        revision = {"revision": description.base_revision} if description.base_revision else {}
+        base_kwargs = {**revision, **base_kwargs}
+    try:
+        model, name = load_base(base or description.base_name or "", base_kwargs)
+    except OSError as error:
+        if base is not None:
+            raise
+        raise moved_base(folder, description, error) from error
+    if model is not base:
+        resize_as_saved(model, description.vocabulary)
+    return model, name
+
+
 def moved_base(folder: Path, description: Description, error: Exception) -> CheckpointError:
     """What to say where the base that a checkpoint names is not to be had."""
     return CheckpointError(
@@ -145,18 +178,27 @@ def read_mixture(folder: Path, description: Description, base: PreTrainedModel) 
     Raises:
         CheckpointError: a missing, truncated, mis-shaped, pickled or unknown file.
     """
+    router = empty_router(folder, description, base)
+    added_rows = read_vocabulary(folder, description, base)
+    experts = {name: read_adapter(folder / name, base, name) for name in description.states}
+    skills = read_library(folder, description, base.config.get_text_config().hidden_size)
+    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows, skills)
+
+
+def empty_router(folder: Path, description: Description, base: PreTrainedModel) -> Router:
+    """A router without values (on the device `meta`) of the kind that the checkpoint in `folder` describes.
+
+    Raises:
+        CheckpointError: one that does not fit `base`.
+    """
     config, num_layers = description.config, Placement.of(base).num_layers
     outputs, width = len(description.states) + config.route_to_base, base.config.get_text_config().hidden_size
     try:
         config.resolve_router_layer(num_layers)
         with torch.device("meta"):
-            router = Router(width, outputs, config.router_type, config.router_hidden_size)
+            return Router(width, outputs, config.router_type, config.router_hidden_size)
     except UNFIT as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: does not fit {type(base).__name__}: {error}") from error
-    added_rows = read_vocabulary(folder, description, base)
-    experts = {name: read_adapter(folder / name, base, name) for name in description.states}
-    skills = read_library(folder, description, width)
-    return MixtureState(description, experts, read_router(folder / ROUTER_FILE, router), added_rows, skills)
 
 
 def read_library(folder: Path, description: Description, width: int) -> SkillLibrary:

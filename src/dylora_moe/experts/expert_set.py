@@ -22,6 +22,11 @@ from .tensors import ExpertTensor, layer_tensors
 NEW, ROUTED = "new", "routed"
 
 
+def masked_columns(states: Iterable[str]) -> tuple[int, ...]:
+    """Columns of the experts, by their states in order, that are not routed yet."""
+    return tuple(i for i, state in enumerate(states) if state == NEW)
+
+
 class ExpertSet:
     """The experts of a mixture, for as long as it lives.
 
@@ -49,8 +54,7 @@ class ExpertSet:
     @property
     def masked(self) -> tuple[int, ...]:
         """Columns of the experts that are not routed yet."""
-        states = list(self.states.values())  # at once: an engine is asked while another thread changes them
-        return tuple(i for i, state in enumerate(states) if state == NEW)
+        return masked_columns(list(self.states.values()))  # at once: an engine asks while another thread changes them
 
     @property
     def disabled(self) -> bool:

@@ -1,6 +1,6 @@
 """The run of the bare base up to layer k, for experts below the router's layer and for `router_layer="last"`.
 
-Shapes: B batch, S sequence, D hidden, k router layer, L decoder layers.
+Shapes: B batch, S sequence, D hidden, n router outputs, k router layer, L decoder layers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from dylora_moe.base.placement import Placement
+from dylora_moe.routing.granularity import Deciding, Granularity
+from dylora_moe.routing.router import Router
 
 from .cache import ExtraLayer, RunningScores, keeps_no_cache, main_cache, tokens_in, with_layers
 
@@ -70,6 +72,33 @@ def first_pass(
         return kwargs, placement.state_of(probe.hidden)
     assert output is not None
     return kwargs, output.last_hidden_state
+
+
+@torch.no_grad()
+def prompt_scores(
+    base: nn.Module,
+    placement: Placement,
+    k: int,
+    router: Router,
+    granularity: Granularity,
+    inputs: dict[str, Any],
+    training: bool = False,
+) -> Tensor:
+    """The scores `[B, 1, n]` that whole prompts decide by, before anything else of them is read.
+
+    Args:
+        base: the causal language model, of which only what runs before layer k is looked at.
+        placement: where its decoder layers are.
+        k: the router's layer.
+        router: scores the states.
+        granularity: one by which the prompt decides.
+        inputs: of the decoder: the whole prompts, without padding.
+        training: of the mixture.
+    """
+    _, hidden = first_pass(base, placement, k, {**inputs, "use_cache": False}, False, training)
+    hidden = hidden.to(next(router.parameters()).device)
+    every = Deciding(torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+    return router.scores(hidden, granularity, every).scores
 
 
 class _Reached(Exception):

@@ -38,7 +38,7 @@ from dylora_moe.routing.trace import RoutingTrace
 from dylora_moe.sharding import is_sharded
 
 from .cache import keeps_no_cache, tokens_in
-from .first_pass import first_pass
+from .first_pass import first_pass, prompt_scores
 from .running_scores import Continued, continued, positions_scored
 
 BARE = InForce(forced=())
@@ -189,7 +189,6 @@ class PassHooks:
                     unfold(self.holder, generation)
                 self.holder.generation = around
 
-    @torch.no_grad()
     def prompt_scores(self, inputs: dict[str, Any]) -> Tensor:
         """What sequence granularity holds for prompts that are then read in pieces: `[B, 1, n]`, for `Call.held`.
 
@@ -198,10 +197,7 @@ class PassHooks:
         """
         with self.calling(Call()):
             where = (self.base, self.placement, self.router_layer)
-            _, hidden = first_pass(*where, {**inputs, "use_cache": False}, False, self.mixture.training)
-            hidden = hidden.to(next(self.router.parameters()).device)
-            every = Deciding(torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
-            return self.router.scores(hidden, self._granularity, every).scores
+            return prompt_scores(*where, self.router, self._granularity, inputs, self.mixture.training)
 
     # ------------------------------------------------------------------ the hooks
 

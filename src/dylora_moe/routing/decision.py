@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dylora_moe.arguments import BASE
+
 from .policies import Policy
 
 
@@ -92,3 +94,9 @@ def one_hot_weights(columns: Sequence[int | None], num_experts: int, device: tor
         if column is not None and column >= 0:
             weights[row, 0, column] = 1.0
     return weights
+
+
+def largest(weights: Sequence[float], experts: Sequence[str]) -> str:
+    """The expert with the largest of `weights [E]`, or `"base"` where what is left to the base alone is larger."""
+    weight = max(weights)
+    return BASE if 1 - sum(weights) > weight else experts[weights.index(weight)]

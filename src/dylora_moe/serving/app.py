@@ -23,8 +23,9 @@ from . import request as engine
 from .answers import Answer, ChatForm, Form, TextForm
 from .changes import Changes, add_routes
 from .errors import ApiError, add_handlers
-from .guard import GONE, Guard, Limits
+from .guard import GONE, Guard, Limits, gone_away
 from .metrics import Metrics
+from .names import described
 from .schemas import Asked, ChatAsked, CompletionAsked, NoveltyAsked
 from .service import Service
 from .worker import Answers, Failed
@@ -129,18 +130,18 @@ def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def counts() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return metrics.response()
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
         """The mixture, its base and its experts, each a model."""
-        return {"object": "list", "data": [_model(name) for name in service.models()]}
+        return {"object": "list", "data": [described(name) for name in service.models()]}
 
     @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
     async def model(model: str) -> dict[str, Any]:
         """One of them."""
         service.expert_of(model)
-        return _model(model)
+        return described(model)
 
     @app.get("/v1/experts", responses={401: ERRORS[401]})
     async def experts() -> dict[str, Any]:
@@ -166,10 +167,6 @@ def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics:
             for one, near in found
         ]
         return {"object": "list", "data": data}
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "dylora-moe"}
 
 
 def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Metrics) -> None:
@@ -226,7 +223,7 @@ def _add_completions(app: FastAPI, service: Service, limits: Limits, metrics: Me
                 grown[index].add(event)
 
         task = asyncio.create_task(collect())
-        gone = asyncio.create_task(_gone(http))
+        gone = asyncio.create_task(gone_away(http))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -253,12 +250,6 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._answers.close()
-
-
-async def _gone(http: Request) -> None:
-    """Wait until the client has gone away."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _chunks(

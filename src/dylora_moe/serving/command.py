@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dylora_moe.failures import Verbose
+
+from .options import address, check_key, console, listen, loading_options, put_on, say
 
 if TYPE_CHECKING:
     from .guard import Limits
 
-console = Console(emoji=False)
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS = 2
 """Seconds after `--drain` in which those who still wait are told that nothing more comes."""
 
@@ -66,9 +65,8 @@ def serve(
 
     if adapters is not None and not allow_changes:
         raise ValueError(f"--adapters {adapters} is of use with --allow-changes only.")
-    if api_key is not None and (not api_key or not api_key.isascii() or not api_key.isprintable()):
-        raise ValueError("--api-key: printable ASCII letters are needed, at least one.")
-    listening = _listen(host, port)
+    check_key("--api-key", api_key)
+    listening = listen(host, port)
     try:
         limits = Limits(api_key, max_body, max_connections, max_queue)
         name = served_model_name or Path(directory).resolve().name
@@ -80,14 +78,6 @@ def serve(
         _run(app, service, changes, listening, host, drain, name)
     finally:
         listening.close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error}; choose another --port, or 0.") from error
 
 
 def _app(
@@ -103,8 +93,6 @@ def _app(
     allow_changes: bool,
     adapters: Path | None,
 ) -> tuple[Any, Any, Any]:
-    import torch
-
     from dylora_moe.session import Session
 
     from .app import create_app
@@ -112,17 +100,9 @@ def _app(
     from .engine import Engine
     from .service import Service
 
-    if dtype not in (None, "auto") and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise ValueError(f"--dtype {dtype}: auto, float32, bfloat16 or float16 is needed.")
-    session = Session(directory, base, **({} if dtype is None else {"dtype": dtype}))
+    session = Session(directory, base, **loading_options(dtype))
     session.model.chat = session.chat  # older checkpoints say it in a recipe
-    if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if found is None else str(found)
-    try:
-        session.model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    put_on(session.model, device)
     service = Service(session, name, Engine(session.model, session.tokenizer, slots, slot_length, chunk))
     changes = Changes(service, Path(directory), adapters, base) if allow_changes else None
     return create_app(service, limits, changes), service, changes
@@ -133,15 +113,9 @@ def _run(app: Any, service: Any, changes: Any, listening: socket.socket, host: s
 
     from .server import Server
 
-    port = listening.getsockname()[1]
-    if host not in LOOPBACK:
-        console.print(f"Listening on {host}: whoever reaches this machine can use it.", markup=False, highlight=False)
-    shown = f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host
-    for line in (
-        f"Serving {name} at http://{shown}:{port} (a page), http://{shown}:{port}/v1 (OpenAI's interface).",
-        "Ctrl-C stops it.",
-    ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    url = address(host, listening)
+    say(f"Serving {name} at {url} (a page), {url}/v1 (OpenAI's interface).")
+    say("Ctrl-C stops it.")
     verbose = logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG)
     config = uvicorn.Config(
         app,

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from dylora_moe.arguments import BASE, check_experts
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.routing.call import Call
+from dylora_moe.routing.decision import largest
 from dylora_moe.routing.granularity import GRANULARITIES, Granularity
 
 from .passes import Passes
@@ -417,7 +418,7 @@ class Engine:
         asked = running.handle.request.logprobs
         logprob, others = (None, []) if asked is None else log_probabilities(logits, id, asked)
         alternatives = tuple(Alternative(other, self.token_bytes(other), value) for other, value in others)
-        expert = _largest(weights, experts)
+        expert = largest(weights, experts)
         token = Token(id, self.token_bytes(id), weights, experts, expert, logprob, alternatives)
         running.ids.append(id)
         text, tokens, stopped = running.text.add(token)
@@ -431,9 +432,3 @@ class Engine:
     @property
     def _granularity(self) -> Granularity:
         return GRANULARITIES[self.model.moe_config.granularity]
-
-
-def _largest(weights: tuple[float, ...], experts: tuple[str, ...]) -> str:
-    """The expert with the largest of `weights`, or `"base"` where what is left to the base alone is larger."""
-    weight = max(weights)
-    return BASE if 1 - sum(weights) > weight else experts[weights.index(weight)]

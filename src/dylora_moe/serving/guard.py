@@ -10,16 +10,23 @@ import time
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
-from .metrics import Metrics
+from .metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 GONE = 499
 """The status of what nobody waits for any more, which is counted only."""
 ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 CONTENT_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+
+
+async def gone_away(http: Request) -> None:
+    """Wait until the client, whose body was read, has gone away."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Guard:
         metrics: where requests are counted.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics):
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: RequestMetrics):
         self.app, self.limits, self.metrics = app, limits, metrics
         self._open = 0
 

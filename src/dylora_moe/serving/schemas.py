@@ -128,8 +128,8 @@ class ChatAsked(Asked):
         return self
 
 
-class CompletionAsked(Asked):
-    """The body of `/v1/completions`."""
+class Prompted(BaseModel):
+    """What says what a completion goes on from."""
 
     prompt: (
         Text
@@ -137,8 +137,6 @@ class CompletionAsked(Asked):
         | Annotated[list[int], SEVERAL]
         | Annotated[list[Annotated[list[int], SEVERAL]], SEVERAL]
     )
-    max_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -148,6 +146,13 @@ class CompletionAsked(Asked):
         if isinstance(self.prompt[0], int):
             return [self.prompt]  # pyright: ignore[reportReturnType]
         return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+
+class CompletionAsked(Prompted, Asked):
+    """The body of `/v1/completions`."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=TOKENS)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 
 
 class NoveltyAsked(BaseModel):

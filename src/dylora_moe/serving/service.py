@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dylora_moe.arguments import BASE
-from dylora_moe.data.examples import DataError, Example, encode_prompt
 from dylora_moe.session import Session
 from dylora_moe.skills.novelty import Novelty
 
 from .engine import Engine
 from .errors import ApiError
+from .names import expert_named, model_names
+from .prompts import Prompts
 from .request import Token
 from .schemas import Message
 from .worker import Worker
@@ -51,8 +52,7 @@ class Service:
         self.temperature = 0.0 if not sampled else 1.0 if own.temperature is None else own.temperature
         self.top_p = 1.0 if not sampled or own.top_p is None else own.top_p
         self.ready = False
-        longest = max(map(len, self.tokenizer.get_vocab()))
-        self._most_letters = engine.slot_length * longest  # no token stands for more letters than its piece has
+        self._prompts = Prompts(session.tokenizer, session.chat, engine.slot_length)
         self._tokenizing = asyncio.Lock()  # a fast tokenizer is not to be used by two threads at once
         self._reader = copy.deepcopy(session.tokenizer)  # novelty's own
         self._looking = asyncio.Lock()
@@ -82,8 +82,8 @@ class Service:
 
     def models(self) -> dict[str, str | None]:
         """Model name → expert to force, None for the routed mixture."""
-        names, leaving = {self.name: None, f"{self.name}:{BASE}": BASE}, self.engine.leaving
-        return names | {f"{self.name}:{name}": name for name in self.model.expert_names if name not in leaving}
+        leaving = self.engine.leaving
+        return model_names(self.name, [name for name in self.model.expert_names if name not in leaving])
 
     def expert_of(self, model: str) -> str | None:
         """The expert that a model name forces, None for the routed mixture.
@@ -91,11 +91,7 @@ class Service:
         Raises:
             ApiError: 404, with the names there are.
         """
-        models = self.models()
-        if model not in models:
-            names = ", ".join(models)
-            raise ApiError(404, f"no model {model[:200]!r}; there are {names}.", "model", "model_not_found")
-        return models[model]
+        return expert_named(model, self.models())
 
     async def description(self) -> dict[str, Any]:
         """The mixture and its experts, as `GET /v1/experts` tells them; between two steps."""
@@ -145,37 +141,14 @@ class Service:
     # ------------------------------------------------------------------ prompts
 
     async def encode(self, prompt: str | list[Message]) -> tuple[int, ...]:
-        """The ids of a text as it is, or of a conversation as the mixture was trained on such.
-
-        Without a chat template the messages are put one after the other, with the separator between them.
+        """The ids of a text or a conversation; see `Prompts`.
 
         Raises:
             ApiError: 400, a prompt that cannot be encoded.
         """
-        chat, example = False, Example(str(prompt), "")
-        if not isinstance(prompt, str):
-            chat = self.session.chat
-            if chat:
-                messages = [{"role": message.role, "content": message.text} for message in prompt]
-                example = Example(messages, "")
-            else:
-                example = Example(self.model.skills.separator.join(message.text for message in prompt), "")
-        param = "prompt" if isinstance(prompt, str) else "messages"
-        letters = len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
-        if letters > self._most_letters:  # to read it would keep the others' prompts waiting
-            raise ApiError(
-                400,
-                f"a prompt of {letters} letters does not fit into the {self.engine.slot_length} tokens that are "
-                "served; shorten it.",
-                param,
-            )
-        if not example.prompt:
-            raise ApiError(400, "the prompt is empty; there is nothing to go on from.", param)
+        example = self._prompts.example(prompt, self.model.skills.separator)
         async with self._tokenizing:
-            try:
-                return tuple(await asyncio.to_thread(encode_prompt, example, self.tokenizer, chat))
-            except DataError as error:
-                raise ApiError(400, str(error), param) from error
+            return await asyncio.to_thread(self._prompts.ids, example)
 
     # ------------------------------------------------------------------ novelty
 

@@ -1,0 +1,1 @@
+"""One adapter per request for another engine: the router chooses, the engine answers."""
