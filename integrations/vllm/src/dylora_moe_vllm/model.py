@@ -17,6 +17,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from . import PREFIX
 from .attach import attach
+from .engine import records
 from .layer import decoder_layers, listen
 from .loading import Loader
 from .mixture import Mixture
@@ -35,7 +36,8 @@ class RoutedModel:
         settings = parse(getattr(model.hf_config, "dylora_moe", None))
         path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
         mean = RunningMean(vllm_config, settings.layers) if settings.granularity == "prefix" else None
-        self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT))
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens if records(vllm_config) else 0
+        self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT), tokens)
         setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
         listen(layers[settings.router_layer], self.dylora.decide)
         self._dylora_linears = attach(self, settings, path, self.dylora.in_force, self.dylora.patterns, model.dtype)
