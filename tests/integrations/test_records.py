@@ -15,8 +15,9 @@ def weights_of(request: int, positions: list[int]) -> Tensor:
 def step(records: Records, spans: dict[str, list[int]], padding: int = 0, shift: float = 0.0) -> None:
     """One step in which these requests had tokens at these positions, in this order."""
     positions = torch.tensor([at for each in spans.values() for at in each] + [0] * padding)
-    weights = torch.cat([weights_of(int(name), each) for name, each in spans.items()] + [torch.full((padding, 2), -1.0)])
-    records.add(list(spans), {name: len(each) for name, each in spans.items()}, positions, weights + shift)
+    rows = [weights_of(int(name), each) for name, each in spans.items()]
+    weights = torch.cat([*rows, torch.full((padding, 2), -1.0)]) + shift
+    records.add(list(spans), {name: len(each) for name, each in spans.items()}, positions, weights)
     weights.fill_(float("nan"))  # the buffers are written again in the next step
     positions.fill_(-1)
 

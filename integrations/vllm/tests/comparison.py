@@ -99,6 +99,7 @@ def check_routing(what: str, answers: list[dict[str, Any]], rows: list[dict[str,
                 near += 1
             else:
                 wrong.append((number, position - first, off))
-    line = f"{what}: weights of {equal} tokens written and {prompt} of prompts equal (to {largest:.1e}), {near} near ties"
-    print(f"\nCOMPARED {line}, {len(wrong)} wrong {wrong[:6]}", flush=True)
-    assert not wrong, f"{line}, {len(wrong)} wrong {wrong[:6]}"
+    counts = f"{equal} tokens written and {prompt} of prompts equal (to {largest:.1e}), {near} near ties"
+    line = f"{what}: weights of {counts}, {len(wrong)} wrong {wrong[:6]}"
+    print(f"\nCOMPARED {line}", flush=True)
+    assert not wrong, line

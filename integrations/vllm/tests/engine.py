@@ -3,8 +3,8 @@
     python engine.py JOB ANSWERS
 
 A job has `folder`, `engine` (arguments of `vllm.LLM`), `new` (tokens of each answer) and `rounds`: lists of requests,
-`{"prompt": ids, "selector": name or null}`, asked at once, or with `"alone": true` one after the other. With a worker that
-records, answers have `routing`: what it recorded of the request. With `preempted`, some request must have been.
+`{"prompt": ids, "selector": name or null}`, asked at once, or with `"alone": true` one after the other. With a worker
+that records, answers have `routing`: what it recorded of the request. With `preempted`, some request must have been.
 """
 
 import json

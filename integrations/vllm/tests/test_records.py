@@ -15,7 +15,8 @@ def test_recorded(case: str, references: Path, tmp_path: Path) -> None:
     """Routed and forced requests, then again with their prompts in the cache, of which there is too little for all."""
     folder, answers = reference(case, references)
     rows, forced = answers["routed"][:24], {who: answers[who][:24] for who in ("red", "base")}
-    asked = [each for row in zip(requests(rows), requests(rows, "red"), requests(rows, "base"), strict=True) for each in row]
+    kinds = [requests(rows, who) for who in (None, *forced)]
+    asked = [request for row in zip(*kinds, strict=True) for request in row]
     engine = RECORDING | {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     engine |= {"num_gpu_blocks_override": 24, "disable_log_stats": False, "preempted": True}
     rounds = run(folder, [{"requests": asked}] * 2, len(rows[0]["tokens"]), tmp_path, **engine)

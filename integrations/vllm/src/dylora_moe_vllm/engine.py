@@ -20,8 +20,9 @@ def prepare(config: Any) -> Settings:
     """Check vLLM's configuration of an engine and set what the mixture needs in it.
 
     Args:
-        config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors, and
-            `additional_config` where weights are recorded, so that vLLM takes no graph from its cache that does not.
+        config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors,
+            and `additional_config` where weights are recorded, so that no graph is taken from vLLM's cache that does
+            not.
 
     Raises:
         SettingsError: the folder's section is wrong, or the engine cannot serve such a mixture.

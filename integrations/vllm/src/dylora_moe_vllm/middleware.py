@@ -77,7 +77,8 @@ def _refused(asked: dict[str, Any], config: Any) -> str | None:
         return "routing: several prompts in one request; send one request per prompt."
     for field, allowed in (("n", 1), ("use_beam_search", False), ("echo", False), ("include_reasoning", True)):
         if asked.get(field) not in (None, allowed):
-            return f"routing with {field}={json.dumps(asked[field])[:80]}: expected {json.dumps(allowed)}, or leave it out."
+            given = json.dumps(asked[field])[:80]
+            return f"routing with {field}={given}: expected {json.dumps(allowed)}, or leave it out."
     if not isinstance(asked.get("vllm_xargs"), dict | None):
         return "vllm_xargs: expected an object."
     return None
@@ -157,7 +158,7 @@ class _Answer:
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
     """Each token by itself, as vLLM's own `logprobs` show it."""
-    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens  # pyright: ignore[reportMissingImports]
 
     return convert_ids_list_to_tokens(tokenizer, ids)
 

@@ -28,8 +28,8 @@ class Mixture(nn.Module):
         recorded: how many tokens a step has at most, where the weights are recorded; else 0.
 
     Attributes:
-        recorded: float32 `[recorded, E]`, the weights in force in this step, a row per token. It is written by the model
-            itself, since no Python runs where a step is replayed as a graph.
+        recorded: float32 `[recorded, E]`, the weights in force in this step, a row per token. The model itself writes
+            it, since no Python runs where a step is replayed as a graph.
     """
 
     closed: Tensor
