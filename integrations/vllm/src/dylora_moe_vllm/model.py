@@ -22,7 +22,7 @@ from .layer import decoder_layers, listen
 from .loading import Loader
 from .mixture import Mixture
 from .prefix import RunningMean
-from .selectors import SELECT
+from .selectors import SELECT, take_own_only
 from .settings import parse
 
 
@@ -41,7 +41,12 @@ class RoutedModel:
         setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
         listen(layers[settings.router_layer], self.dylora.decide)
         self._dylora_linears = attach(self, settings, path, self.dylora.in_force, self.dylora.patterns, model.dtype)
-        self._dylora_dtype = model.dtype
+        self._dylora_dtype, self._dylora_folder = model.dtype, model.model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == SELECT and hasattr(value, "set_lora"):  # vLLM's LoRA takes the place of the linear, after loading
+            take_own_only(value, len(self.dylora.settings.experts), self._dylora_folder)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loader = Loader(self.dylora.router, self._dylora_linears, self._dylora_dtype)
