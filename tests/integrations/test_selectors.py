@@ -79,5 +79,5 @@ def test_an_adapter_without_tensors_is_an_error():
     linear = LinearWithLoRA()
     take_own_only(linear, 3, "served")
     linear.set_lora(0, torch.ones(1, 3), torch.zeros(1, 1))
-    with pytest.raises(SelectorError, match="it has no tensors of the layer dylora_select; .* in served/selectors"):
+    with pytest.raises(SelectorError, match=r"it has no tensors of the layer dylora_select; .* in served/selectors"):
         linear.reset_lora(0)  # what vLLM does with a linear that an adapter does not name
