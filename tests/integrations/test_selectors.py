@@ -1,8 +1,9 @@
 """Requests that name a selector get its weights, and nobody else does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor, nn
 
 from dylora_moe_vllm.selectors import SelectorError, forced, selector_of, take_own_only
 
@@ -41,43 +42,44 @@ def test_a_name_stands_for_a_selector_or_for_nothing(model: str, selector: str |
     assert selector_of(model, {"mix", "or:g/mix"}, {"red", "base"}) == selector
 
 
-class LinearWithLoRA(nn.Module):
-    """As vLLM's: slots of three weights; `set_lora` begins with `reset_lora`, and copies what there is of A."""
+class Manager:
+    """As vLLM's, as far as adapters are added."""
 
     def __init__(self):
-        super().__init__()
-        self.lora_a_stacked = (torch.full((2, 1, 1, 3), 7.0),)
+        self.added: list[SimpleNamespace] = []
 
-    def reset_lora(self, index: int) -> None:
-        self.lora_a_stacked[0][index] = 0
+    def add_adapter(self, adapter: SimpleNamespace) -> bool:
+        self.added.append(adapter)
+        return True
 
-    def set_lora(self, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
-        self.reset_lora(index)
-        self.lora_a_stacked[0][index, 0, : lora_a.shape[0], : lora_a.shape[1]].copy_(lora_a)
+
+def manager() -> Manager:
+    made = Manager()
+    take_own_only(made, 3, "served")
+    return made
+
+
+def adapter(**loras: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(loras={name: SimpleNamespace(lora_a=lora_a) for name, lora_a in loras.items()})
 
 
 def test_own_selectors_are_taken():
-    linear = LinearWithLoRA()
-    take_own_only(linear, 3, "served")
-    for weights in ([0.5, 0.25, 0.0], [0.0, 0.0, 1.0]):
-        linear.set_lora(1, torch.tensor([weights]), torch.zeros(1, 1))
-        assert linear.lora_a_stacked[0].flatten().tolist() == [7, 7, 7, *weights]
+    made, own = manager(), adapter(dylora_select=torch.ones(1, 3))
+    assert made.add_adapter(own)
+    assert made.added == [own]
 
 
 @pytest.mark.parametrize("experts", [2, 4])
 def test_a_selector_of_another_export_is_an_error(experts: int):
-    linear = LinearWithLoRA()
-    take_own_only(linear, 3, "served")
-    message = (
-        f"no selector of served: it has {experts} routing weights, and this mixture has 3 experts; .* in served/selec"
-    )
+    made = manager()
+    message = rf"no selector of served: it has {experts} routing weights, and this mixture has 3 .* in served/selectors"
     with pytest.raises(SelectorError, match=message):
-        linear.set_lora(0, torch.ones(1, experts), torch.zeros(1, 1))
+        made.add_adapter(adapter(dylora_select=torch.ones(1, experts)))
+    assert not made.added
 
 
 def test_an_adapter_without_tensors_is_an_error():
-    linear = LinearWithLoRA()
-    take_own_only(linear, 3, "served")
-    linear.set_lora(0, torch.ones(1, 3), torch.zeros(1, 1))
-    with pytest.raises(SelectorError, match=r"it has no tensors of the layer dylora_select; .* in served/selectors"):
-        linear.reset_lora(0)  # what vLLM does with a linear that an adapter does not name
+    made = manager()
+    with pytest.raises(SelectorError, match=r"no tensors of the layer dylora_select; .* in served/selectors"):
+        made.add_adapter(adapter())
+    assert not made.added

@@ -45,7 +45,7 @@ class RoutedModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == SELECT and hasattr(value, "set_lora"):  # vLLM's LoRA takes the place of the linear, after loading
+        if name == "lora_manager":  # vLLM makes it after loading, and puts it here
             take_own_only(value, len(self.dylora.settings.experts), self._dylora_folder)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -7,7 +7,7 @@ rank 1, on a linear `[1, E]` that is never called; its A *is* the row of weights
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,41 +21,37 @@ class SelectorError(ValueError):
     """An adapter that is no selector of the mixture that is served."""
 
 
-def take_own_only(linear: Any, experts: int, folder: str) -> None:
-    """Have a linear with vLLM's LoRA refuse adapters that are no selectors of the mixture, as they get a slot.
+def take_own_only(manager: Any, experts: int, folder: str) -> None:
+    """Have vLLM's manager of a model's LoRA adapters refuse those that are no selectors of the mixture.
 
     Args:
-        linear: what vLLM has put in the place of the one that selectors adapt.
+        manager: vLLM's `LoRAModelManager`.
         experts: E.
-        folder: of the mixture, for the message: vLLM hands over tensors, and does not say where they are from.
+        folder: of the mixture, for the message: the manager is not told where an adapter is from.
     """
-    linear.dylora_experts, linear.dylora_folder, linear.dylora_setting = experts, folder, False
-    linear.__class__ = _taking_own_only(type(linear))
+    manager.dylora_experts, manager.dylora_folder = experts, folder
+    manager.__class__ = _taking_own_only(type(manager))
 
 
 @functools.cache
-def _taking_own_only(layer: type) -> type:
-    def set_lora(self: Any, index: int, lora_a: Tensor, lora_b: Tensor) -> None:
-        if (found := lora_a.shape[-1]) != self.dylora_experts:
-            raise _not_own(self, f"it has {found} routing weights, and this mixture has {self.dylora_experts} experts")
-        self.dylora_setting = True
-        layer.set_lora(self, index, lora_a, lora_b)
-        self.dylora_setting = False
+def _taking_own_only(kind: type) -> type:
+    def add_adapter(self: Any, adapter: Any) -> bool:
+        _check(adapter.loras, self.dylora_experts, self.dylora_folder)
+        return kind.add_adapter(self, adapter)
 
-    def reset_lora(self: Any, index: int) -> None:
-        # vLLM calls it first thing in setting, and else for a layer that an adapter does not name
-        if not self.dylora_setting:
-            raise _not_own(self, f"it has no tensors of the layer {SELECT}")
-        layer.reset_lora(self, index)
-
-    body = {"set_lora": set_lora, "reset_lora": reset_lora, "__module__": __name__}
-    return type(f"Selecting{layer.__name__}", (layer,), body)
+    return type(f"Selecting{kind.__name__}", (kind,), {"add_adapter": add_adapter, "__module__": __name__})
 
 
-def _not_own(linear: Any, reason: str) -> SelectorError:
-    return SelectorError(
-        f"an adapter is no selector of {linear.dylora_folder}: {reason}; name those that the same export wrote, in "
-        f"{linear.dylora_folder}/selectors."
+def _check(loras: Mapping[str, Any], experts: int, folder: str) -> None:
+    if SELECT not in loras:
+        reason = f"it has no tensors of the layer {SELECT}"
+    elif (found := loras[SELECT].lora_a.shape[-1]) != experts:
+        reason = f"it has {found} routing weights, and this mixture has {experts} experts"
+    else:
+        return
+    raise SelectorError(
+        f"an adapter is no selector of {folder}: {reason}; name those that the same export wrote, in "
+        f"{folder}/selectors."
     )
 
 
