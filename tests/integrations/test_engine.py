@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dylora_moe_vllm.engine import RECORDER, prepare, records
+from dylora_moe_vllm.engine import RECORDER, prepare, recording
 from dylora_moe_vllm.settings import SettingsError
 from plugin_section import section
 
@@ -91,11 +91,11 @@ def test_a_graph_that_records_is_another_for_the_cache():
     config = configuration(worker_cls=RECORDER)
     prepare(config)
     prepare(config)
-    assert records(config)
+    assert recording(config)
     assert config.additional_config == {"own": 1, "dylora_moe_records": True}
     plain = configuration()
     prepare(plain)
-    assert not records(plain)
+    assert not recording(plain)
     assert plain.additional_config == {"own": 1}
 
 

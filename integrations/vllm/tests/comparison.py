@@ -15,7 +15,7 @@ GAP = 1e-2
 """Logits this near may change places between two ways of adding up."""
 TIE = 1e-3
 """Likewise the scores of the last output that is kept and of the first that is not."""
-WEIGHTS = 1e-3
+WEIGHTS = 1e-4
 """Weights nearer than that are equal: float32 sums in another order, through the layers below k."""
 
 

@@ -29,7 +29,7 @@ def prepare(config: Any) -> Settings:
     """
     settings = parse(getattr(config.model_config.hf_config, "dylora_moe", None))
     _refuse(config, settings)
-    if records(config):
+    if recording(config):
         _refuse_recording(config)
         config.additional_config = {**config.additional_config, "dylora_moe_records": True}
     lora = config.lora_config
@@ -50,7 +50,7 @@ def prepare(config: Any) -> Settings:
     return settings
 
 
-def records(config: Any) -> bool:
+def recording(config: Any) -> bool:
     """Whether an engine records which weights were in force: its worker is ours."""
     return config.parallel_config.worker_cls == RECORDER
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .engine import RECORDER, records
+from .engine import RECORDER, recording
 from .records import KEY, entry
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -71,7 +71,7 @@ def _refused(asked: dict[str, Any], config: Any) -> str | None:
     several = isinstance(prompt, list) and len(prompt) > 1 and not all(isinstance(each, int) for each in prompt)
     if asked["routing"] is not True:
         return f"routing={json.dumps(asked['routing'])[:80]}: expected true or false."
-    if not records(config):
+    if not recording(config):
         return f"routing: this server records no routing; start it with --worker-cls {RECORDER}."
     if several:
         return "routing: several prompts in one request; send one request per prompt."

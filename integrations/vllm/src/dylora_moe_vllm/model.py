@@ -17,7 +17,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from . import PREFIX
 from .attach import attach
-from .engine import records
+from .engine import recording
 from .layer import decoder_layers, listen
 from .loading import Loader
 from .mixture import Mixture
@@ -36,7 +36,7 @@ class RoutedModel:
         settings = parse(getattr(model.hf_config, "dylora_moe", None))
         path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
         mean = RunningMean(vllm_config, settings.layers) if settings.granularity == "prefix" else None
-        tokens = vllm_config.scheduler_config.max_num_batched_tokens if records(vllm_config) else 0
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens if recording(vllm_config) else 0
         self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT), tokens)
         setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
         listen(layers[settings.router_layer], self.dylora.decide)
