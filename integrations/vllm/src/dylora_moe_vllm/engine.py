@@ -21,8 +21,8 @@ def prepare(config: Any) -> Settings:
 
     Args:
         config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors,
-            and `additional_config` where weights are recorded: what vLLM keeps of compiled graphs goes by it, and not by
-            the worker's class.
+            and `additional_config` where weights are recorded: what vLLM keeps of compiled graphs goes by it, and not
+            by the worker's class.
 
     Raises:
         SettingsError: the folder's section is wrong, or the engine cannot serve such a mixture.
