@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from .engine import RECORDER
 from .records import KEY, Records
+from .settings import SettingsError
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -22,12 +24,17 @@ else:
 class RecordingWorker(Worker):
     """The platform's worker, and the records of those requests that ask for one.
 
-    Every rank decides the same, so the first one alone records.
+    Every rank decides the same, so the first one alone records. A model that is no mixture is a `SettingsError`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._dylora_records = Records()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not hasattr(self.get_model(), "dylora"):
+            raise SettingsError(f"worker_cls={RECORDER}: the model is no mixture; leave it out.")
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: Any) -> Any:
