@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dylora_moe_vllm.engine import prepare
+from dylora_moe_vllm.engine import RECORDER, prepare, recording
 from dylora_moe_vllm.settings import SettingsError
 from plugin_section import section
 
@@ -21,13 +21,20 @@ def configuration(given: Any = None, **changes: Any) -> SimpleNamespace:
             "prefill_context_parallel_size": 1,
             "enable_dbo": False,
             "ubatch_size": 0,
+            "data_parallel_size": 1,
+            "worker_cls": "auto",
         },
         "cache_config": {"cache_dtype": "auto"},
         "lora_config": {"target_modules": None, "max_loras": 5},
     }
     made = {name: SimpleNamespace(**{k: changes.get(k, v) for k, v in part.items()}) for name, part in parts.items()}
     made["model_config"].hf_config = SimpleNamespace(dylora_moe=section() if given is None else given)
-    return SimpleNamespace(**made, speculative_config=changes.get("speculative"))
+    return SimpleNamespace(
+        **made,
+        speculative_config=changes.get("speculative"),
+        additional_config={"own": 1},
+        use_v2_model_runner=changes.get("use_v2_model_runner", False),
+    )
 
 
 def test_only_selectors_are_wrapped(caplog: pytest.LogCaptureFixture):
@@ -60,6 +67,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (PREFIX, {"cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2'"),
     (PREFIX, {"get_head_size": lambda: 2}, "3 router outputs do not fit an attention head of 2"),
     ({}, {}, "version=None"),
+    (None, {"worker_cls": RECORDER, "data_parallel_size": 2}, "data_parallel_size=2"),
+    (None, {"worker_cls": RECORDER, "use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
 ]
 
 
@@ -72,6 +81,22 @@ def test_refused(given: Any, changes: dict[str, Any], message: str):
 @pytest.mark.parametrize("changes", [{"use_mla": True}, {"cache_dtype": "fp8"}, {"is_hybrid": True}])
 def test_what_prefix_cannot_do_token_can(changes: dict[str, Any]):
     prepare(configuration(**changes))
+
+
+def test_what_recording_cannot_do_others_can():
+    prepare(configuration(data_parallel_size=2, use_v2_model_runner=True))
+
+
+def test_a_graph_that_records_is_another_for_the_cache():
+    config = configuration(worker_cls=RECORDER)
+    prepare(config)
+    prepare(config)
+    assert recording(config)
+    assert config.additional_config == {"own": 1, "dylora_moe_records": True}
+    plain = configuration()
+    prepare(plain)
+    assert not recording(plain)
+    assert plain.additional_config == {"own": 1}
 
 
 def test_ngram_is_served():

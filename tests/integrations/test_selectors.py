@@ -1,9 +1,11 @@
 """Requests that name a selector get its weights, and nobody else does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dylora_moe_vllm.selectors import forced, selector_of
+from dylora_moe_vllm.selectors import SelectorError, forced, selector_of, take_own_only
 
 
 def test_only_tokens_with_a_slot_are_forced():
@@ -38,3 +40,46 @@ def test_slots_of_padding_may_be_anything():
 )
 def test_a_name_stands_for_a_selector_or_for_nothing(model: str, selector: str | None):
     assert selector_of(model, {"mix", "or:g/mix"}, {"red", "base"}) == selector
+
+
+class Manager:
+    """As vLLM's, as far as adapters are added."""
+
+    def __init__(self):
+        self.added: list[SimpleNamespace] = []
+
+    def add_adapter(self, adapter: SimpleNamespace) -> bool:
+        self.added.append(adapter)
+        return True
+
+
+def manager() -> Manager:
+    made = Manager()
+    take_own_only(made, 3, "served")
+    return made
+
+
+def adapter(**loras: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(loras={name: SimpleNamespace(lora_a=lora_a) for name, lora_a in loras.items()})
+
+
+def test_own_selectors_are_taken():
+    made, own = manager(), adapter(dylora_select=torch.ones(1, 3))
+    assert made.add_adapter(own)
+    assert made.added == [own]
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_a_selector_of_another_export_is_an_error(experts: int):
+    made = manager()
+    message = rf"no selector of served: it has {experts} routing weights, and this mixture has 3 .* in served/selectors"
+    with pytest.raises(SelectorError, match=message):
+        made.add_adapter(adapter(dylora_select=torch.ones(1, experts)))
+    assert not made.added
+
+
+def test_an_adapter_without_tensors_is_an_error():
+    made = manager()
+    with pytest.raises(SelectorError, match=r"no tensors of the layer dylora_select; .* in served/selectors"):
+        made.add_adapter(adapter())
+    assert not made.added

@@ -3,7 +3,8 @@
     python engine.py JOB ANSWERS
 
 A job has `folder`, `engine` (arguments of `vllm.LLM`), `new` (tokens of each answer) and `rounds`: lists of requests,
-`{"prompt": ids, "selector": name or null}`, asked at once, or with `"alone": true` one after the other.
+`{"prompt": ids, "selector": name or null}`, asked at once, or with `"alone": true` one after the other. With a worker
+that records, answers have `routing`: what it recorded of the request. With `preempted`, some request must have been.
 """
 
 import json
@@ -40,7 +41,12 @@ def main() -> None:
     names = sorted({r["selector"] for round_ in job["rounds"] for r in round_["requests"] if r["selector"]})
     selectors = {n: LoRARequest(n, i + 1, f"{job['folder']}/selectors/{n}") for i, n in enumerate(names)}
     new = job["new"]
-    sampling = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+    recorded = "worker_cls" in job["engine"]
+
+    def sampling(key: int) -> SamplingParams:
+        extra = {"extra_args": {"dylora_routing": str(key)}} if recorded else {}
+        return SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False, **extra)
+
     answers = []
     for round_ in job["rounds"]:
         requests = round_["requests"]
@@ -51,8 +57,15 @@ def main() -> None:
         for at in range(0, len(prompts), step):
             some = chosen[at : at + step]
             lora = some if any(some) else None
-            outs += llm.generate(prompts[at : at + step], sampling, use_tqdm=False, lora_request=lora)
-        answers.append([{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens or 0} for o in outs])
+            how = [sampling(key) for key in range(at, at + step)]
+            outs += llm.generate(prompts[at : at + step], how, use_tqdm=False, lora_request=lora)
+        found = [{"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens or 0} for o in outs]
+        for key, answer in enumerate(found if recorded else ()):
+            answer["routing"] = llm.collective_rpc("take_routing", args=(str(key), True))[0]
+        answers.append(found)
+    if job["preempted"]:
+        counted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+        assert counted > 0, "no request was preempted"
     with open(sys.argv[2], "w") as file:
         json.dump(answers, file)
 

@@ -4,7 +4,8 @@
 
 Runs in the library's environment, not in vLLM's. Writes OUT/CASE/ as `dylora-moe export --to vllm` does, and
 OUT/CASE.json: for `routed` and every forced name, per prompt the tokens, the gap between the two best logits at each
-token and the smallest gap so far between the scores of the last output that was kept and the first that was not.
+token and the smallest gap so far between the scores of the last output that was kept and the first that was not; for
+`routed` the routing weights at every position but the last, too.
 """
 
 from __future__ import annotations
@@ -212,6 +213,8 @@ def answers_of(model: DyLoraMoE, prompts: list[list[int]], new: int, **forced: A
         row = {"prompt": prompt, "tokens": out.sequences[0, len(prompt) :].tolist()}
         row["gap"] = (best[:, 0] - best[:, 1]).tolist()
         row["tie"] = [float("inf")] * new if forced else _ties(model, out.sequences)[len(prompt) - 1 :]
+        if not forced:
+            row["routing"] = model(out.sequences).routing_weights[0, :-1].tolist()
         rows.append(row)
     return rows
 

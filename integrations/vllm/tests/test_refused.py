@@ -92,15 +92,35 @@ def test_tensors(message: str, references: Path, tmp_path: Path) -> None:
     assert f"LoadError: {message}" in str(caught.value)
 
 
-def test_another_adapter_is_an_error(references: Path, tmp_path: Path) -> None:
+def _of_others(tensors: dict) -> dict:
+    return {name.replace("dylora_select", "q_proj"): tensor for name, tensor in tensors.items()}
+
+
+def _of_fewer_experts(tensors: dict) -> dict:
+    return {name: tensor[:, :-1].contiguous() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+
+
+def _of_nothing(tensors: dict) -> dict:
+    return {}
+
+
+NO_SELECTORS = {
+    "expected target modules in {'dylora_select'}": _of_others,
+    "SelectorError: an adapter is no selector of {}: it has 3 routing weights": _of_fewer_experts,
+    "SelectorError: an adapter is no selector of {}: it has no tensors of the layer dylora_select": _of_nothing,
+}
+
+
+@pytest.mark.parametrize("message", NO_SELECTORS)
+def test_another_adapter_is_an_error(message: str, references: Path, tmp_path: Path) -> None:
     """An adapter that is no selector never becomes the base's answer."""
     folder, answers = reference("top2", references)
     other = variant(folder, tmp_path / "other")
     file = other / "selectors" / "red" / "adapter_model.safetensors"
-    tensors = {name.replace("dylora_select", "q_proj"): tensor for name, tensor in load_file(file).items()}
+    tensors = NO_SELECTORS[message](load_file(file))
     file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
     rows = answers["red"][:1]
     with pytest.raises(EngineFailed) as caught:
         run(other, [{"requests": requests(rows, "red")}], 1, tmp_path / "scratch", enable_lora=True, max_lora_rank=8)
-    assert "expected target modules in {'dylora_select'}" in str(caught.value)
+    assert message.replace("{}", str(other)) in str(caught.value)

@@ -1,4 +1,7 @@
-"""The OpenAI server: NAME is routed, NAME:red forced, all at once; a name that is nobody's is an error."""
+"""The OpenAI server: NAME is routed, NAME:red forced, all at once; a name that is nobody's is an error.
+
+With the middleware it says by which weights each token was written.
+"""
 
 import os
 import socket
@@ -13,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from comparison import check, reference
+from comparison import TIE, WEIGHTS, check, reference
 
 BIND = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -71,3 +74,69 @@ def test_server(found_by: str, references: Path, tmp_path: Path) -> None:
         for nobody in ("mix:nobody", "red", "other:red", "mix:../red", "mix:"):
             with pytest.raises(openai.NotFoundError, match="does not exist"):
                 ask(client, nobody, answers["red"][0])
+
+
+NAMES = ("red", "green", "blue", "white")
+ROUTING = ("--middleware", "dylora_moe_vllm.middleware.Routing")
+ROUTING += ("--worker-cls", "dylora_moe_vllm.worker.RecordingWorker")
+
+
+def ask_routing(client: openai.OpenAI, model: str, row: dict, stream: bool) -> list[dict]:
+    """What the server says of the tokens it wrote after a row's prompt."""
+    new = len(row["tokens"])
+    extra = {"min_tokens": new, "ignore_eos": True, "routing": True}
+    asked = {"model": model, "prompt": row["prompt"], "max_tokens": new, "temperature": 0, "extra_body": extra}
+    if not stream:
+        return client.completions.create(**asked).choices[0].routing
+    choices = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert len(choices) > 1
+    assert not any(hasattr(choice, "routing") for choice in choices[:-1])
+    return choices[-1].routing
+
+
+def test_routing(references: Path, tmp_path: Path) -> None:
+    folder, answers = reference("top2", references)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    arguments = [*ROUTING, "--chat-template", template, "--lora-modules", f"mix:red={folder}/selectors/red"]
+    with serving(folder, tmp_path / "log", *arguments) as client:
+        jobs = [
+            (model, answers[who][number], stream)
+            for number in range(12)
+            for model, who in (("mix", "routed"), ("mix:red", "red"))
+            for stream in (False, True)
+        ]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda job: ask_routing(client, *job), jobs))
+        equal, near = 0, 0
+        for (model, row, _), entries in zip(jobs, found, strict=True):
+            assert [each["token_id"] for each in entries] == row["tokens"]
+            first = len(row["prompt"]) - 1
+            for at, each in enumerate(entries):
+                expected = row["routing"][first + at] if model == "mix" else [1.0, 0.0, 0.0, 0.0]
+                ours = [each["weights"].get(name, 0.0) for name in NAMES]
+                if max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < WEIGHTS:
+                    equal += 1
+                    assert each["weights"][each["expert"]] == max(each["weights"].values())
+                else:
+                    assert row["tie"][at] < TIE
+                    near += 1
+        print(f"\nCOMPARED server: weights of {equal} tokens equal, {near} near ties, streamed and not")
+
+        chat = {"model": "mix", "messages": [{"role": "user", "content": "abc def"}], "max_tokens": 8, "temperature": 0}
+        extra = {"routing": True, "return_token_ids": True}
+        whole = client.chat.completions.create(**chat, extra_body=extra)
+        row = {"prompt": whole.prompt_token_ids, "tokens": whole.choices[0].token_ids}
+        assert [each["token_id"] for each in whole.choices[0].routing] == row["tokens"]
+        # the tiny tokenizer's tokens may be parts of a character, which is then never whole
+        assert "".join(each["token"] for each in whole.choices[0].routing).startswith(whole.choices[0].message.content)
+        *_, last = client.chat.completions.create(**chat, stream=True, extra_body={"routing": True})
+        assert last.choices[0].routing == whole.choices[0].routing
+        if len(row["tokens"]) == 8:
+            assert ask_routing(client, "mix", row, stream=False) == whole.choices[0].routing
+
+        plain = client.completions.create(model="mix", prompt=row["prompt"], max_tokens=2)
+        assert not hasattr(plain.choices[0], "routing")
+        with pytest.raises(openai.BadRequestError, match="routing with n=2"):
+            client.completions.create(model="mix", prompt="a", n=2, extra_body={"routing": True})
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.completions.create(model="mix:nobody", prompt="a", extra_body={"routing": True})

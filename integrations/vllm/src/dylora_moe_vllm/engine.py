@@ -10,6 +10,9 @@ from .settings import Settings, SettingsError, parse
 
 logger = logging.getLogger("vllm.dylora_moe")
 
+RECORDER = f"{__package__}.worker.RecordingWorker"
+"""The worker that records which weights were in force."""
+
 REFUSED_SIZES = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
 
 
@@ -17,13 +20,18 @@ def prepare(config: Any) -> Settings:
     """Check vLLM's configuration of an engine and set what the mixture needs in it.
 
     Args:
-        config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors.
+        config: a `VllmConfig`; `lora_config.target_modules` is set, so that vLLM's LoRA wraps nothing but selectors,
+            and `additional_config` where weights are recorded: what vLLM keeps of compiled graphs goes by it, and not
+            by the worker's class.
 
     Raises:
         SettingsError: the folder's section is wrong, or the engine cannot serve such a mixture.
     """
     settings = parse(getattr(config.model_config.hf_config, "dylora_moe", None))
     _refuse(config, settings)
+    if recording(config):
+        _refuse_recording(config)
+        config.additional_config = {**config.additional_config, "dylora_moe_records": True}
     lora = config.lora_config
     if lora is not None:
         if lora.target_modules not in (None, [SELECT]):
@@ -40,6 +48,24 @@ def prepare(config: Any) -> Settings:
                 lora.max_loras,
             )
     return settings
+
+
+def recording(config: Any) -> bool:
+    """Whether an engine records which weights were in force: its worker is ours."""
+    return config.parallel_config.worker_cls == RECORDER
+
+
+def _refuse_recording(config: Any) -> None:
+    if (size := config.parallel_config.data_parallel_size) != 1:
+        raise SettingsError(
+            f"data_parallel_size={size}: vLLM returns what the first engine's worker recorded, whichever engine wrote "
+            f"the answer; serve without --worker-cls {RECORDER}, or one engine per server."
+        )
+    if config.use_v2_model_runner:
+        raise SettingsError(
+            f"worker_cls={RECORDER}: which rows of a step are whose is read off vLLM's V1 model runner; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0."
+        )
 
 
 def _refuse(config: Any, settings: Settings) -> None:

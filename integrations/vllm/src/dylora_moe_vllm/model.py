@@ -17,11 +17,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from . import PREFIX
 from .attach import attach
+from .engine import recording
 from .layer import decoder_layers, listen
 from .loading import Loader
 from .mixture import Mixture
 from .prefix import RunningMean
-from .selectors import SELECT
+from .selectors import SELECT, take_own_only
 from .settings import parse
 
 
@@ -35,11 +36,17 @@ class RoutedModel:
         settings = parse(getattr(model.hf_config, "dylora_moe", None))
         path, layers = decoder_layers(self, settings.layers)  # type: ignore[arg-type]
         mean = RunningMean(vllm_config, settings.layers) if settings.granularity == "prefix" else None
-        self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT))
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens if recording(vllm_config) else 0
+        self.dylora = Mixture(settings, model.hf_text_config.hidden_size, mean, lambda: getattr(self, SELECT), tokens)
         setattr(self, SELECT, ReplicatedLinear(len(settings.experts), 1, bias=False, prefix=SELECT))
         listen(layers[settings.router_layer], self.dylora.decide)
         self._dylora_linears = attach(self, settings, path, self.dylora.in_force, self.dylora.patterns, model.dtype)
-        self._dylora_dtype = model.dtype
+        self._dylora_dtype, self._dylora_folder = model.dtype, model.model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "lora_manager":  # vLLM makes it after loading, and puts it here
+            take_own_only(value, len(self.dylora.settings.experts), self._dylora_folder)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loader = Loader(self.dylora.router, self._dylora_linears, self._dylora_dtype)

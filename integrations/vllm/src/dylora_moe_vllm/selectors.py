@@ -6,13 +6,53 @@ rank 1, on a linear `[1, E]` that is never called; its A *is* the row of weights
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SELECT = "dylora_select"
 """The linear that selectors adapt."""
+
+
+class SelectorError(ValueError):
+    """An adapter that is no selector of the mixture that is served."""
+
+
+def take_own_only(manager: Any, experts: int, folder: str) -> None:
+    """Have vLLM's manager of a model's LoRA adapters refuse those that are no selectors of the mixture.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+        experts: E.
+        folder: of the mixture, for the message: the manager is not told where an adapter is from.
+    """
+    manager.dylora_experts, manager.dylora_folder = experts, folder
+    manager.__class__ = _taking_own_only(type(manager))
+
+
+@functools.cache
+def _taking_own_only(kind: type) -> type:
+    def add_adapter(self: Any, adapter: Any) -> bool:
+        _check(adapter.loras, self.dylora_experts, self.dylora_folder)
+        return kind.add_adapter(self, adapter)
+
+    return type(f"Selecting{kind.__name__}", (kind,), {"add_adapter": add_adapter, "__module__": __name__})
+
+
+def _check(loras: Mapping[str, Any], experts: int, folder: str) -> None:
+    if SELECT not in loras:
+        reason = f"it has no tensors of the layer {SELECT}"
+    elif (found := loras[SELECT].lora_a.shape[-1]) != experts:
+        reason = f"it has {found} routing weights, and this mixture has {experts} experts"
+    else:
+        return
+    raise SelectorError(
+        f"an adapter is no selector of {folder}: {reason}; name those that the same export wrote, in "
+        f"{folder}/selectors."
+    )
 
 
 def forced(weights: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
