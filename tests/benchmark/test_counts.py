@@ -120,6 +120,7 @@ def test_fake_tensors_count_what_real_ones_do(variants):
         assert {name: real[key][name] for name in row} == row
 
 
+@pytest.mark.slow
 def test_mixture_keeps_little_more_than_one_adapter_in_the_base_dtype(variants):
     chosen = {"variants": ("base", "peft", "peft-same-dtype", "loop", "auto"), "dtype": "bfloat16", "fake": True}
     changes = {"work": "train", "shape": "8b-layer", "experts": (8,), "rank": 16, "batch": 1, "length": 256, **chosen}

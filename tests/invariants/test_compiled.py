@@ -50,9 +50,8 @@ def ids(length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "top-2" else pytest.mark.slow) for name in SETTINGS]
-)
+@pytest.mark.slow  # in short: the two below
+@pytest.mark.parametrize("name", SETTINGS)
 def test_two_graphs_serve_every_length_new_weights_and_temperatures(name):
     plain, fast = mixture(**SETTINGS[name]), mixture(**SETTINGS[name])
     fast.compile(backend="aot_eager", fullgraph=True)

@@ -131,7 +131,7 @@ def test_results_place_a_dot_per_column_and_skip_what_is_not_there():
 
 
 @pytest.mark.parametrize("count", [1, 8, 10, 40])
-@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("length", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_nothing_overlaps_or_is_cut_off(count, length):
     names = [f"e{i}".ljust(length, "x") + str(i) if length > 3 else f"e{i}" for i in range(count)]
     steps = [float(step) for step in range(5, 55, 5)]

@@ -115,6 +115,7 @@ def test_a_failed_rank_is_said(content, tmp_path, capfd):
     assert "no_such_key" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_experts_can_be_trained_at_the_same_time(content, tmp_path):
     run(content("whole", **STAGED))
     file = write(content("apart", **STAGED), tmp_path / "recipe.yaml")

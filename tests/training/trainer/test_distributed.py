@@ -51,7 +51,7 @@ def launch(kind: str, folder: Path, checks: list[str]) -> dict[str, dict]:
     return {check: torch.load(folder / f"{check}.pt") for check in checks}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def steps(request, tmp_path_factory):
     return request.param, launch(request.param, tmp_path_factory.mktemp(f"{request.param}-steps"), list(worker.STEPS))
 
