@@ -42,7 +42,7 @@ KINDS = {
     "lora": "vLLM's own LoRA, one adapter",
 }
 
-# What an engine is asked comes in lines: clients, tokens to write. It answers with seconds.
+# An engine is asked in lines: clients, tokens to write, tokens of a prompt, a seed. It answers with seconds.
 ENGINE = """
 import json, sys, time
 from vllm import LLM, SamplingParams
@@ -145,8 +145,10 @@ class Engine:
         return first, whole - first
 
 
-def measure(asked: argparse.Namespace) -> dict:
-    """All engines in turn: the ratios of each round."""
+def measure(asked: argparse.Namespace, file: Path) -> None:
+    """All engines in turn: the ratios of each round, written to `file` as they come."""
+    settings = {"eager": asked.eager, "threads": asked.threads, "new": asked.new, "length": asked.length}
+    settings["machine"] = platform.processor() or platform.machine()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_folders(place)
@@ -171,6 +173,7 @@ def measure(asked: argparse.Namespace) -> dict:
                 }
                 for kind in KINDS
             }
+            file.write_text(json.dumps({"settings": settings, "clients": rows}, indent=1) + "\n")
             for kind, row in rows[str(clients)].items():
                 print(
                     f"{clients} clients, {kind}: writing {median(row['writing']):.3f} of the base "
@@ -181,8 +184,6 @@ def measure(asked: argparse.Namespace) -> dict:
         for engine in engines.values():
             engine.process.stdin.close()
             engine.process.wait(60)
-    settings = {"eager": asked.eager, "threads": asked.threads, "new": asked.new, "length": asked.length}
-    return {"settings": settings | {"machine": platform.processor() or platform.machine()}, "clients": rows}
 
 
 def table() -> str:
@@ -219,10 +220,8 @@ def main() -> None:
         return
     if not asked.python.exists():
         parser.error(f"--python {asked.python} is not there: `make test-vllm` makes it")
-    found = measure(asked)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = "eager" if asked.eager else "compiled"
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    measure(asked, RESULTS / ("eager.json" if asked.eager else "compiled.json"))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ async def main() -> None:
     streams = await asyncio.gather(*(ask(job["port"], body) for body in job["bodies"]))
     say("reading")
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-    await asyncio.gather(*(drain(reader) for reader in streams))
+    await asyncio.gather(*(drain(reader) for reader, _ in streams))
 
 
-async def ask(port: int, body: dict) -> asyncio.StreamReader:
-    """Send one request; its stream, from behind the first token on."""
+async def ask(port: int, body: dict) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send one request; its stream from behind the first token on, and the writer, without which it would be closed."""
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -34,8 +34,7 @@ async def ask(port: int, body: dict) -> asyncio.StreamReader:
         say(f"the server answered {status!r}: {(await reader.read(2000))!r}")
         os._exit(1)
     await reader.readuntil(b"data: ")
-    writers.append(writer)
-    return reader
+    return reader, writer
 
 
 def say(line: str) -> None:
@@ -49,9 +48,6 @@ async def drain(reader: asyncio.StreamReader) -> None:
     while await reader.read(1 << 16):
         pass
 
-
-writers: list[asyncio.StreamWriter] = []
-"""A stream whose writer is forgotten is closed."""
 
 if __name__ == "__main__":
     asyncio.run(main())

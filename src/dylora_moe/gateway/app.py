@@ -13,17 +13,17 @@ from typing import Annotated, Any, TypeVar
 import httpx2
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from prometheus_client import Counter
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
-from dylora_moe.serving.errors import ApiError, add_handlers
-from dylora_moe.serving.guard import GONE, Guard, Limits, gone_away
+from dylora_moe.serving.errors import ApiError
+from dylora_moe.serving.guard import GONE, Limits, gone_away
 from dylora_moe.serving.metrics import NAMESPACE, RequestMetrics
-from dylora_moe.serving.names import described, expert_named, model_names
+from dylora_moe.serving.names import expert_named, model_names
 from dylora_moe.serving.schemas import Prompted
-from dylora_moe.version import __version__
+from dylora_moe.serving.skeleton import skeleton
 
 from .choice import Choice, Chooser
 from .engine import Engine, EngineError, answered
@@ -72,16 +72,7 @@ def create_app(gateway: Gateway, limits: Limits | None = None) -> FastAPI:
 
     metrics = RequestMetrics()
     chosen = Counter("chosen", "Requests by expert.", ["expert", "how"], registry=metrics.registry, namespace=NAMESPACE)
-    app = FastAPI(
-        title="DyLoRA-MoE gateway",
-        version=__version__,
-        lifespan=running,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.add_middleware(Guard, limits=limits or Limits(), metrics=metrics)
-    add_handlers(app)
+    app = skeleton("DyLoRA-MoE gateway", running, limits or Limits(), metrics, lambda: gateway.models)
 
     @app.exception_handler(EngineError)
     async def without_engine(request: Request, error: EngineError) -> Response:
@@ -93,46 +84,22 @@ def create_app(gateway: Gateway, limits: Limits | None = None) -> FastAPI:
         await asyncio.to_thread(gateway.engine.read_names)
         return {"status": "ok", "engine": gateway.engine.url}
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """Of the package."""
-        return {"version": __version__}
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def counts() -> Response:
-        """For Prometheus."""
-        return metrics.response()
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The mixture, its base and its experts, each a model."""
-        return {"object": "list", "data": [described(name) for name in gateway.models]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        """One of them."""
-        expert_named(model, gateway.models)
-        return described(model)
-
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: Asked, http: Request) -> Response:
         """Answer a conversation."""
-        expert = expert_named(_read(Named, body).model, gateway.models)
-        if expert is None:
-            choice = await gateway.chooser.for_chat(_read(Chat, body).messages)
-        else:
-            choice = Choice(expert, "forced")
+        choice = forced(body) or await gateway.chooser.for_chat(_read(Chat, body).messages)
         return await passed_on("/v1/chat/completions", body, choice, http)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: Asked, http: Request) -> Response:
         """Go on from a text, or from each of several."""
-        expert = expert_named(_read(Named, body).model, gateway.models)
-        if expert is None:
-            choice = await gateway.chooser.for_prompts(_read(Prompted, body).prompts)
-        else:
-            choice = Choice(expert, "forced")
+        choice = forced(body) or await gateway.chooser.for_prompts(_read(Prompted, body).prompts)
         return await passed_on("/v1/completions", body, choice, http)
+
+    def forced(body: Mapping[str, Any]) -> Choice | None:
+        """The expert that a request names, None if it is to be routed."""
+        expert = expert_named(_read(Named, body).model, gateway.models)
+        return None if expert is None else Choice(expert, "forced")
 
     async def passed_on(path: str, body: Mapping[str, Any], choice: Choice, http: Request) -> Response:
         """The engine's answer, from an adapter that was chosen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +9,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dylora_moe.failures import Verbose
-from dylora_moe.serving.options import address, check_key, console, listen, loading_options, put_on, say
+from dylora_moe.serving.options import (
+    ApiKey,
+    Base,
+    Body,
+    Connections,
+    Directory,
+    Drain,
+    Dtype,
+    Host,
+    ModelName,
+    Port,
+    address,
+    check_key,
+    console,
+    listen,
+    loading_options,
+    put_on,
+    say,
+    server_config,
+)
 
 if TYPE_CHECKING:
     from .app import Gateway
 
 
 def gateway(
-    directory: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.")],
+    directory: Directory,
     engine: Annotated[str, typer.Option(help="Address of an OpenAI-compatible engine that has the adapters.")],
     engine_base: Annotated[
         str | None, typer.Option(help="What the engine calls the base; default its one model without a parent.")
@@ -29,23 +47,17 @@ def gateway(
             help="What the engine needs as its bearer token; default what each client sends, and --api-key.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What the routed mixture is called; default the folder's name.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="DYLORA_MOE_API_KEY", help="What /v1/* needs as its bearer token.")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    served_model_name: ModelName = None,
+    api_key: ApiKey = None,
     sticky: Annotated[bool, typer.Option(help="Let a conversation stay with the adapter it began with.")] = True,
-    max_connections: Annotated[int, typer.Option(min=1, help="Requests open at a time; further ones get 503.")] = 512,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; larger ones get 413.")] = 4 << 20,
-    drain: Annotated[
-        int, typer.Option(min=0, help="Seconds that running answers have to end when it is stopped.")
-    ] = 30,
+    max_connections: Connections = 512,
+    max_body: Body = 4 << 20,
+    drain: Drain = 30,
     device: Annotated[str | None, typer.Option(help="Where the router runs; default an accelerator, else cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …")] = None,
-    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
     verbose: Verbose = False,
 ) -> None:
     """Choose an adapter for every request, and let an engine such as vLLM answer with it.
@@ -128,12 +140,4 @@ def _run(
     url = address(host, listening)
     say(f"Serving {gateway.name} at {url}/v1 (OpenAI's interface), answered by the engine at {gateway.engine.url}.")
     say("Ctrl-C stops it.")
-    verbose = logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG)
-    config = uvicorn.Config(
-        app,
-        log_level="info" if verbose else "warning",
-        timeout_graceful_shutdown=drain,
-        ws="none",
-        server_header=False,
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(server_config(app, drain)).run(sockets=[listening])

@@ -12,39 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from dylora_moe.version import __version__
-
 from . import request as engine
 from .answers import Answer, ChatForm, Form, TextForm
 from .changes import Changes, add_routes
-from .errors import ApiError, add_handlers
-from .guard import GONE, Guard, Limits, gone_away
+from .errors import ApiError
+from .guard import GONE, Limits, gone_away
 from .metrics import Metrics
-from .names import described
 from .schemas import Asked, ChatAsked, CompletionAsked, NoveltyAsked
 from .service import Service
+from .skeleton import ERRORS, skeleton
 from .worker import Answers, Failed
 
 STATIC = Path(__file__).parent / "static"
 SEPARATOR = "\n"  # of server-sent events
 LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 """What JSON leaves as it is and many a client takes for the end of a line → its escape."""
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": what}
-    for status, what in {
-        400: "A value that cannot be used; the error names it.",
-        401: "The API key is missing or wrong.",
-        404: "No such model, expert or job.",
-        413: "A body that is too large.",
-        429: "The queue is full.",
-        503: "Busy, getting ready or shutting down.",
-    }.items()
-}
 
 
 def create_app(service: Service, limits: Limits | None = None, changes: Changes | None = None) -> FastAPI:
@@ -73,17 +60,8 @@ def create_app(service: Service, limits: Limits | None = None, changes: Changes 
             await service.stop()
 
     metrics = Metrics(service)
-    app = FastAPI(
-        title="DyLoRA-MoE",
-        version=__version__,
-        lifespan=running,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.add_middleware(Guard, limits=limits, metrics=metrics)
-    add_handlers(app)
-    _add_state(app, service, changes, metrics)
+    app = skeleton("DyLoRA-MoE", running, limits, metrics, service.models)
+    _add_state(app, service, changes)
     _add_completions(app, service, limits, metrics)
     if changes is not None:
         add_routes(app, changes, metrics, ERRORS)
@@ -105,7 +83,7 @@ class _Static(StaticFiles):
         return response
 
 
-def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics: Metrics) -> None:
+def _add_state(app: FastAPI, service: Service, changes: Changes | None) -> None:
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
         """Whether the process is well."""
@@ -121,27 +99,6 @@ def _add_state(app: FastAPI, service: Service, changes: Changes | None, metrics:
         if not service.ready or service.worker.failure is not None:
             raise ApiError(503, "not ready.", headers={"Retry-After": "1"})
         return {"status": "ready"}
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """Of the package."""
-        return {"version": __version__}
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def counts() -> Response:
-        """For Prometheus."""
-        return metrics.response()
-
-    @app.get("/v1/models", responses={401: ERRORS[401]})
-    async def models() -> dict[str, Any]:
-        """The mixture, its base and its experts, each a model."""
-        return {"object": "list", "data": [described(name) for name in service.models()]}
-
-    @app.get("/v1/models/{model:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
-    async def model(model: str) -> dict[str, Any]:
-        """One of them."""
-        service.expert_of(model)
-        return described(model)
 
     @app.get("/v1/experts", responses={401: ERRORS[401]})
     async def experts() -> dict[str, Any]:

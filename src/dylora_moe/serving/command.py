@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,26 @@ import typer
 
 from dylora_moe.failures import Verbose
 
-from .options import address, check_key, console, listen, loading_options, put_on, say
+from .options import (
+    ApiKey,
+    Base,
+    Body,
+    Connections,
+    Directory,
+    Drain,
+    Dtype,
+    Host,
+    ModelName,
+    Port,
+    address,
+    check_key,
+    console,
+    listen,
+    loading_options,
+    put_on,
+    say,
+    server_config,
+)
 
 if TYPE_CHECKING:
     from .guard import Limits
@@ -21,35 +39,29 @@ LAST_WORDS = 2
 
 
 def serve(
-    directory: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What the routed mixture is called; default the folder's name.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="DYLORA_MOE_API_KEY", help="What /v1/* needs as its bearer token.")
-    ] = None,
+    directory: Directory,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    served_model_name: ModelName = None,
+    api_key: ApiKey = None,
     slots: Annotated[int, typer.Option(min=1, help="Requests that are answered at a time; others wait.")] = 8,
     slot_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a request, with its answer; default 2048 or the base's.")
     ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read in a step.")] = 256,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that wait at most; further ones get 429.")] = 256,
-    max_connections: Annotated[int, typer.Option(min=1, help="Requests open at a time; further ones get 503.")] = 512,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; larger ones get 413.")] = 4 << 20,
+    max_connections: Connections = 512,
+    max_body: Body = 4 << 20,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Let those who have the key add, remove, rename and teach experts.")
     ] = False,
     adapters: Annotated[
         Path | None, typer.Option(help="Folder whose subfolders, LoRA adapters, may be added as experts.")
     ] = None,
-    drain: Annotated[
-        int, typer.Option(min=0, help="Seconds that running answers have to end when it is stopped.")
-    ] = 30,
+    drain: Drain = 30,
     device: Annotated[str | None, typer.Option(help="Where it runs; default an accelerator, else cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …")] = None,
-    base: Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")] = None,
+    dtype: Dtype = None,
+    base: Base = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve a mixture as OpenAI does, with a page that shows which expert wrote which token.
@@ -109,19 +121,9 @@ def _app(
 
 
 def _run(app: Any, service: Any, changes: Any, listening: socket.socket, host: str, drain: int, name: str) -> None:
-    import uvicorn
-
     from .server import Server
 
     url = address(host, listening)
     say(f"Serving {name} at {url} (a page), {url}/v1 (OpenAI's interface).")
     say("Ctrl-C stops it.")
-    verbose = logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG)
-    config = uvicorn.Config(
-        app,
-        log_level="info" if verbose else "warning",
-        timeout_graceful_shutdown=drain + LAST_WORDS,
-        ws="none",
-        server_header=False,
-    )
-    Server(config, service, changes, drain).run(sockets=[listening])
+    Server(server_config(app, drain + LAST_WORDS), service, changes, drain).run(sockets=[listening])

@@ -1,14 +1,28 @@
-"""What the commands that serve have in common: an address, a key, a place to compute."""
+"""What the commands that serve have in common: options, an address, a key, a place to compute."""
 
 from __future__ import annotations
 
+import logging
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    import uvicorn
     from torch import nn
+
+Directory = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+ModelName = Annotated[str | None, typer.Option(help="What the routed mixture is called; default the folder's name.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="DYLORA_MOE_API_KEY", help="What /v1/* needs as its bearer token.")]
+Connections = Annotated[int, typer.Option(min=1, help="Requests open at a time; further ones get 503.")]
+Body = Annotated[int, typer.Option(min=1024, help="Bytes of a request; larger ones get 413.")]
+Drain = Annotated[int, typer.Option(min=0, help="Seconds that running answers have to end when it is stopped.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the base: auto, float32, bfloat16, …")]
+Base = Annotated[str | None, typer.Option(help="Another base than the checkpoint names.")]
 
 console = Console(emoji=False)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -33,6 +47,19 @@ def address(host: str, listening: socket.socket) -> str:
         say(f"Listening on {host}: whoever reaches this machine can use it.")
     shown = f"[{host}]" if ":" in host else "127.0.0.1" if host == "0.0.0.0" else host
     return f"http://{shown}:{listening.getsockname()[1]}"
+
+
+def server_config(app: Any, seconds: int) -> uvicorn.Config:
+    """How uvicorn runs `app`, whose running answers have `seconds` to end."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_level="info" if logging.getLogger("dylora_moe").isEnabledFor(logging.DEBUG) else "warning",
+        timeout_graceful_shutdown=seconds,
+        ws="none",
+        server_header=False,
+    )
 
 
 def say(line: str) -> None:
