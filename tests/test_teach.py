@@ -104,7 +104,7 @@ def test_several_are_taught_with_one_fit_or_none(monkeypatch):
     at_once, one_by_one, fits = mixture(), teach(mixture(), "sql", "law"), []
     rows = {name: texts(NAMES.index(name), 6) for name in ("sql", "law")}
     fit = SkillLibrary.fit
-    monkeypatch.setattr(SkillLibrary, "fit", lambda library: fits.append(1) or fit(library))
+    monkeypatch.setattr(SkillLibrary, "fit", lambda library, scored: fits.append(1) or fit(library, scored))
     told: list[tuple[str, int]] = []
     at_once.teach_many(
         rows, tiny_tokenizer(), sources={"law": "a hash"}, progress=lambda *progress: told.append(progress)

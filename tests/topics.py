@@ -6,6 +6,7 @@ Shapes: D width of a state.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,4 +68,4 @@ def skill(first: int, count: int = 5, centre: float | None = None, **shape: Any)
     rows = [row_states(seed, first / 50 if centre is None else centre, **shape) for seed in range(first, first + count)]
     made = Skill.of(rows, WIDTH)
     taught = Teaching(f"2026-01-01T00:00:{first % 60:02}+00:00", "", "", made.rows, made.tokens)
-    return Skill(made.sums, made.rows, made.tokens, made.views, (taught,))
+    return replace(made, taught=(taught,))

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dylora_moe.base.embedded import EMBEDDED, resolve_base
 from dylora_moe.base.placement import Placement
 from dylora_moe.benchmark.marked import write_marked
-from dylora_moe.skills.closed_form import fit
+from dylora_moe.skills.closed_form import SEQUENCE, TOKEN, Fit, fit
 from dylora_moe.skills.features import RowStates, evaluating, states_of, window_of
 from dylora_moe.skills.reading import read_rows
 from dylora_moe.skills.skill import Skill
@@ -91,8 +91,10 @@ def cell(domains: dict[str, Domain], count: int, draw: int) -> dict:
     width = next(iter(domains.values())).held_out[0].states.shape[-1]
     taught = {name: domain.taught(draw, count) for name, domain in domains.items()}
     started = time.perf_counter()
-    router = fit({name: Skill.of(rows, width) for name, rows in taught.items()})
+    skills = {name: Skill.of(rows, width) for name, rows in taught.items()}
+    router = fit(skills, scored=SEQUENCE)
     seconds = time.perf_counter() - started
+    of_tokens = fit(skills, scored=TOKEN)
     centroids = torch.stack(
         [
             torch.stack([row.states[row.prompt].double().mean(0) for row in taught[name]]).mean(0)
@@ -100,8 +102,8 @@ def cell(domains: dict[str, Domain], count: int, draw: int) -> dict:
         ]
     )
 
-    def scores(x: Tensor) -> Tensor:
-        return x.double() @ router.weight.T + router.bias
+    def scores(x: Tensor, by: Fit = router) -> Tensor:
+        return x.double() @ by.weight.T + by.bias
 
     found = {}
     for column, name in enumerate(router.names):
@@ -115,11 +117,11 @@ def cell(domains: dict[str, Domain], count: int, draw: int) -> dict:
             "rows": len(rows),
             "prompts": share([scores(row.prompt).argmax(-1) for row in rows]),
             "completions": share([scores(row.completion).argmax(-1) for row in rows]),
-            "tokens": share([scores(row.states).argmax(-1) for row in rows]),
+            "tokens": share([scores(row.states, of_tokens).argmax(-1) for row in rows]),
             "prefixes": share([each.argmax(-1) for each in prefixes]),
             "centroid": share([torch.cosine_similarity(centroids, row.prompt, dim=-1).argmax() for row in rows]),
         }
-    return {"seconds to fit": round(seconds, 3), "temperatures": router.temperatures, "domains": found}
+    return {"seconds to fit": round(seconds, 3), "temperatures": {SEQUENCE: router.temperatures[SEQUENCE], TOKEN: of_tokens.temperatures[TOKEN]}, "domains": found}
 
 
 def table(folder: Path) -> str:

@@ -117,7 +117,8 @@ def _reader(name: str) -> Callable[[list[dict]], RowViews]:
 def skill(views: RowViews, rows: int) -> Skill:
     """What novelty needs to know of a skill: some of its rows."""
     kept = part(views, torch.arange(min(rows, len(views.keys))))
-    return Skill(Sums.none(views.states.shape[-1]), len(kept.keys), int(kept.counts.sum()), kept)
+    sums = Sums.none(views.states.shape[-1])
+    return Skill(sums, kept.deciding.mean(0), len(kept.keys), int(kept.counts.sum()), kept)
 
 
 def part(views: RowViews, rows: Tensor) -> RowViews:

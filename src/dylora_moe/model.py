@@ -1255,7 +1255,7 @@ class DyLoraMoE(PeftModelForCausalLM):
     def _put_skills(self, library: SkillLibrary) -> None:
         """Take over a library; a router that is computed follows it."""
         if self.router.computed and library:
-            fit = library.fit()
+            fit = library.fit(GRANULARITIES[self.moe_config.granularity].calibration)
             weight, bias = fit.rows_for(self.expert_names)
             temperature = torch.tensor([fit.temperatures[kind] for kind in CALIBRATIONS])
             computed = {"weight": weight, "bias": bias, "temperature": temperature}

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closed_form import Fit, Pool, fit, left_out
+from .closed_form import SEQUENCE, Fit, Pool, fit, left_out
 from .reading import SEPARATOR, Reading
 from .separation import nearest
 from .skill import VIEWS, RowViews, Skill, Teaching
 from .sums import Sums
 
-COMPACT_ROWS = 36
+COMPACT_ROWS = 32
 """Rows of a skill whose views a compact library keeps."""
-_MEAN, _SCATTER, _KEYS, _COUNTS, _VIEWS, _POOL = "mean", "scatter", "row_keys", "row_counts", "row_views", "pool"
+_MEAN, _SCATTER, _DECIDING = "mean", "scatter", "deciding_mean"
+_KEYS, _COUNTS, _VIEWS = "row_keys", "row_counts", "row_views"
+_POOL, _POOL_ROWS = "pool", "pool_rows"
 
 
 class SkillLibrary(Mapping[str, Skill]):
@@ -153,8 +155,7 @@ class SkillLibrary(Mapping[str, Skill]):
         for name, skill in other._skills.items():
             self._skills[name] = self._skills[name] + skill if name in self._skills else skill
         if other.pool is not None:
-            pool = self.pool or Pool(torch.zeros_like(other.pool.scatter), 0)
-            self.pool = Pool(pool.scatter + other.pool.scatter, pool.skills + other.pool.skills)
+            self.pool = other.pool if self.pool is None else self.pool + other.pool
 
     def compact(self) -> None:
         """Put the scatters of all skills together and keep fewer rows: the same router in a fraction of the bytes.
@@ -164,16 +165,15 @@ class SkillLibrary(Mapping[str, Skill]):
         own = {name: skill for name, skill in self._skills.items() if not skill.compact}
         if not own:
             return
-        covariances = [own[name].sums.scatter / own[name].sums.weight for name in sorted(own)]  # type: ignore[operator]
-        pool = self.pool or Pool(torch.zeros_like(covariances[0]), 0)
-        self.pool = Pool(torch.stack([pool.scatter, *covariances]).sum(0), pool.skills + len(own))
+        added = Pool.of([own[name] for name in sorted(own)], len(next(iter(own.values())).sums.mean))
+        self.pool = added if self.pool is None else self.pool + added
         self._skills = {name: skill.compacted(COMPACT_ROWS) for name, skill in self._skills.items()}
 
     # ------------------------------------------------------------------ what is read from it
 
-    def fit(self) -> Fit:
-        """The router for its skills."""
-        return fit(self._skills, self.pool)
+    def fit(self, scored: str = SEQUENCE) -> Fit:
+        """The router for its skills, see `closed_form.fit`."""
+        return fit(self._skills, self.pool, scored)
 
     def left_out(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         """How each kept row would be scored by a router that had never seen it, see `closed_form.left_out`."""
@@ -206,10 +206,10 @@ class SkillLibrary(Mapping[str, Skill]):
         """Everything that is numbers, by `skill.what`."""
         found = {}
         for name, skill in self._skills.items():
-            parts = {_MEAN: skill.sums.mean, _SCATTER: skill.sums.scatter}
+            parts = {_MEAN: skill.sums.mean, _SCATTER: skill.sums.scatter, _DECIDING: skill.deciding_mean}
             parts |= {_KEYS: skill.views.keys, _COUNTS: skill.views.counts, _VIEWS: skill.views.states}
             found |= {f"{name}.{key}": value for key, value in parts.items() if value is not None}
-        return found if self.pool is None else {**found, _POOL: self.pool.scatter}
+        return found if self.pool is None else {**found, _POOL: self.pool.scatter, _POOL_ROWS: self.pool.rows}
 
     def description(self) -> dict[str, Any]:
         """Everything else, ready for JSON."""
@@ -257,6 +257,7 @@ class SkillLibrary(Mapping[str, Skill]):
         for name, (tokens, rows, weight, compact) in listed.items():
             mean = _take(left, f"{name}.{_MEAN}", torch.float64, (width,))
             scatter = None if compact else _take(left, f"{name}.{_SCATTER}", torch.float64, packed)
+            deciding = _take(left, f"{name}.{_DECIDING}", torch.float64, (width,))
             keys = _take(left, f"{name}.{_KEYS}", torch.int64, (None,))
             counts = _take(left, f"{name}.{_COUNTS}", torch.int64, (len(keys), 2))
             states = _take(left, f"{name}.{_VIEWS}", torch.float16, (len(keys), None, width))
@@ -268,9 +269,10 @@ class SkillLibrary(Mapping[str, Skill]):
             if tokens < 1 or rows < 1 or not weight > 0 or bool((counts < 0).any()) or bool((counts.sum(-1) < 1).any()):
                 raise ValueError(f"skill {name!r} has {tokens} tokens of {rows} rows; expected at least one.")
             sums, views = Sums(weight, mean, scatter), RowViews(keys, counts, states)
-            library._skills[name] = Skill(sums, rows, tokens, views, taught[name])
+            library._skills[name] = Skill(sums, deciding, rows, tokens, views, taught[name])
         if pooled:
-            library.pool = Pool(_take(left, _POOL, torch.float64, packed), pooled)
+            scatter, rows = (_take(left, key, torch.float64, packed) for key in (_POOL, _POOL_ROWS))
+            library.pool = Pool(scatter, rows, pooled)
         elif any(compact for *_, compact in listed.values()):
             raise ValueError("there are compact skills, but no pool of their scatters.")
         if left:

@@ -122,12 +122,14 @@ class Skill:
 
     Attributes:
         sums: of its tokens, every row weighing 1, its prompt `PROMPT_SHARE` of it.
+        deciding_mean: float64 `[D]`, the mean over its rows of `RowViews.deciding`.
         rows, tokens: how many they are from.
         views: of at most `ROWS_KEPT` of the rows.
         taught: where they came from, in order.
     """
 
     sums: Sums
+    deciding_mean: Tensor
     rows: int
     tokens: int
     views: RowViews
@@ -137,24 +139,29 @@ class Skill:
     def of(cls, rows: Iterable[RowStates], width: int, note: Callable[[RowViews], None] | None = None) -> Skill:
         """The skill of some rows; `note` is called with the views of each."""
         views, count, tokens = RowViews.none(width), 0, 0
+        deciding = torch.zeros(width, dtype=torch.float64)
 
         def weighted() -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal views, count, tokens
             for row in rows:
                 one = RowViews.of(row)
+                deciding.add_(one.deciding[0])
                 views, count, tokens = RowViews.joined([views, one]), count + 1, tokens + len(row.states)
                 if note is not None:
                     note(one)
                 per_token = one.shares[0] / one.counts[0].clamp(min=1)
                 yield row.states, torch.where(row.prompt, *per_token)
 
-        return cls(Sums.of(weighted(), width), count, tokens, views)
+        sums = Sums.of(weighted(), width)
+        return cls(sums, deciding / max(count, 1), count, tokens, views)
 
     def __add__(self, other: Skill) -> Skill:
         """Both together, whichever comes first."""
         taught = tuple(sorted((*self.taught, *other.taught)))
         rows, tokens = self.rows + other.rows, self.tokens + other.tokens
-        return Skill(self.sums + other.sums, rows, tokens, RowViews.joined([self.views, other.views]), taught)
+        deciding = (self.rows * self.deciding_mean + other.rows * other.deciding_mean) / rows
+        views = RowViews.joined([self.views, other.views])
+        return Skill(self.sums + other.sums, deciding, rows, tokens, views, taught)
 
     @property
     def compact(self) -> bool:
