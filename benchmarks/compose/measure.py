@@ -121,7 +121,11 @@ def cell(domains: dict[str, Domain], count: int, draw: int) -> dict:
             "prefixes": share([each.argmax(-1) for each in prefixes]),
             "centroid": share([torch.cosine_similarity(centroids, row.prompt, dim=-1).argmax() for row in rows]),
         }
-    return {"seconds to fit": round(seconds, 3), "temperatures": {SEQUENCE: router.temperatures[SEQUENCE], TOKEN: of_tokens.temperatures[TOKEN]}, "domains": found}
+    return {
+        "seconds to fit": round(seconds, 3),
+        "temperatures": {SEQUENCE: router.temperatures[SEQUENCE], TOKEN: of_tokens.temperatures[TOKEN]},
+        "domains": found,
+    }
 
 
 def table(folder: Path) -> str:

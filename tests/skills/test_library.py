@@ -133,7 +133,8 @@ def test_separation_and_sizes_are_by_skill():
     assert set(found.separation()) == set(found.sizes()) == set(NAMES)
     assert sum(found.sizes().values()) == found.size
     found.compact()
-    assert found.size - sum(found.sizes().values()) == found.pool.scatter.nbytes  # pyright: ignore[reportOptionalMemberAccess]
+    assert found.pool is not None
+    assert found.size - sum(found.sizes().values()) == found.pool.scatter.nbytes + found.pool.rows.nbytes
 
 
 def test_merging_with_nothing_changes_nothing():
@@ -193,15 +194,17 @@ def test_compact_keeps_fewer_rows():
 def test_size_of_a_hundred_skills_at_width_576():
     """What the tensors of a skill take, 100 times; the goal is 200 MB, 20 MB compact."""
     width, rows = 576, ROWS_KEPT
-    exact = 100 * (8 * width * (width + 1) // 2 + 8 * width + rows * (2 * len(VIEWS) * width + 8 * 3))
+
+    def size(D: int, skills: int, rows: int, scatters: int) -> int:
+        per_skill = 2 * 8 * D + rows * (2 * len(VIEWS) * D + 8 * 3)
+        return skills * per_skill + scatters * 8 * D * (D + 1) // 2
+
     found = library("sql", rows=rows)
-    small = 8 * WIDTH * (WIDTH + 1) // 2 + 8 * WIDTH + rows * (2 * len(VIEWS) * WIDTH + 8 * 3)
-    assert found.size == small  # the formula is that of the tensors
-    assert exact < 200e6
+    assert found.size == size(WIDTH, 1, rows, scatters=1)  # the formula is that of the tensors
+    assert size(width, 100, rows, scatters=100) < 200e6
     found.compact()
-    assert found.size == small - (rows - COMPACT_ROWS) * (2 * len(VIEWS) * WIDTH + 8 * 3)  # one skill is its own pool
-    pooled = 8 * width * (width + 1) // 2
-    assert 100 * (8 * width + COMPACT_ROWS * (2 * len(VIEWS) * width + 8 * 3)) + pooled < 20e6
+    assert found.size == size(WIDTH, 1, COMPACT_ROWS, scatters=2)
+    assert size(width, 100, COMPACT_ROWS, scatters=2) < 20e6
 
 
 def test_confusion_counts_every_kept_row():
