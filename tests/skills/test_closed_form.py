@@ -43,11 +43,11 @@ def by_hand(groups, x, scored=SEQUENCE):
         for rows in groups
     ]
     means = [mean for mean, _ in of_tokens]
-    within = sum(covariance for _, covariance in of_tokens) / len(groups)
+    within = torch.stack([covariance for _, covariance in of_tokens]).mean(0)
     within += SHRINKAGE * within.trace() / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
     if scored == SEQUENCE:
         N = sum(len(rows) - 1 for rows in groups)
-        within = sum(covariance for _, covariance in of_rows) / len(groups) + COVARIANCE_ROWS / N * within
+        within = torch.stack([covariance for _, covariance in of_rows]).mean(0) + COVARIANCE_ROWS / N * within
         for column, rows in enumerate(groups):
             n = len(rows)
             means[column] = (n * of_rows[column][0] + MEAN_ROWS * means[column]) / (n + MEAN_ROWS)
