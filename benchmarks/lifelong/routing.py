@@ -101,9 +101,8 @@ def main() -> None:
         skills = {task.name: reader.skill(task.train[:rows]) for task in tasks}
         found[str(rows)] = {scored: measured(skills, prompts, scored) for scored in CALIBRATIONS}
         for scored, one in found[str(rows)].items():
-            print(
-                f"{rows} rows a task, by {scored}: {', '.join(f'{k} {v:.4f}' for k, v in one.items() if k != 'by task')}"
-            )
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in one.items() if name != "by task")
+            print(f"{rows} rows a task, by {scored}: {figures}", flush=True)
     (HERE / "results" / "routing.json").write_text(json.dumps({"settings": kept, "rows": found}, indent=1) + "\n")
 
 
