@@ -62,8 +62,8 @@ class Reading:
         own = replace(self, **_states(base), layer=layer)
         if self != own:
             raise ValueError(
-                f"this mixture and the library's read texts in another way ({'; '.join(own.differences(self))}), so that "
-                "its sums are of no use here; merge libraries of mixtures on the same base, with the same router_layer."
+                f"this mixture and the library's read texts in another way ({'; '.join(own.differences(self))}); its "
+                "sums are of use only to mixtures on the same base, with the same router_layer."
             )
 
     def has_other_weights(self, base: Any) -> bool:
