@@ -119,7 +119,10 @@ def look(
     once = list({(str(e.prompt), str(e.completion), str(e.template)): e for e in reversed(given)}.values())[::-1]
     fitting = [piece for example in once for piece in _pieces(example, tokenizer, bool(mixture.chat), max_length)]
     if not fitting:
-        raise ValueError(f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; raise it.")
+        raise ValueError(
+            f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; shorten them, or raise it up to the "
+            "base's context."
+        )
     too_long = len(once) - len({id(example) for example, _ in fitting})
     examples = tuple(piece for _, piece in fitting)
     states = mixture.views(examples, tokenizer, separator, sums=True).deciding  # read once, for all that follows
