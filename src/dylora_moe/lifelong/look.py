@@ -120,8 +120,8 @@ def look(
     fitting = [piece for example in once for piece in _pieces(example, tokenizer, bool(mixture.chat), max_length)]
     if not fitting:
         raise ValueError(
-            f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; shorten them, or raise it up to the "
-            "base's context."
+            f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; shorten them, or raise it, at "
+            "most to the base's context."
         )
     too_long = len(once) - len({id(example) for example, _ in fitting})
     examples = tuple(piece for _, piece in fitting)
