@@ -152,6 +152,12 @@ def test_what_is_missing_is_named(tmp_path, parts):
         compose(tmp_path / "out", ingredients, read_texts(ingredients), base=str(tmp_path / "base"))
 
 
+def test_help_says_what_the_separator_is():
+    assert "[default: a new line]" in " ".join(
+        CliRunner().invoke(app, ["compose", "--help"]).output.replace("│", "").split()
+    )
+
+
 def test_separator_and_layer_are_heeded(tmp_path, parts):
     result = run(tmp_path / "out", parts, "--separator", r"\n\n", "--router-layer", "0")
     assert result.exit_code == 0

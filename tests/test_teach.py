@@ -211,8 +211,14 @@ def test_merged_libraries_are_one():
     with pytest.raises(ValueError, match="unknown expert 'math'"):
         teach(mixture(("sql", "law"))).merge_skills(other.skills)
     elsewhere = teach(mixture(router_layer=2), "sql")
-    with pytest.raises(ValueError, match="layer 1, 2"):
-        whole.merge_skills(elsewhere.skills)
+    for model in (whole, mixture()):
+        with pytest.raises(ValueError, match="layer 1, 2"):
+            model.merge_skills(elsewhere.skills)
+    changed = mixture()
+    changed.get_base_model().lm_head.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="base '"):
+        changed.merge_skills(one.skills)
+    assert not changed.skills
 
 
 def test_texts_read_otherwise_are_refused_and_change_nothing():
@@ -222,6 +228,9 @@ def test_texts_read_otherwise_are_refused_and_change_nothing():
         teach(model, "law", separator=" ")
     with pytest.raises(ValueError, match="row 2 is empty"):
         model.teach("law", ["fine", ""], tiny_tokenizer())
+    chat = [Example([{"role": "user", "content": "fine"}], "yes", place="law.jsonl, line 7")]
+    with pytest.raises(ValueError, match=r"law.jsonl, line 7 is made of chat messages, .* model.chat = True"):
+        model.teach("law", chat, tiny_tokenizer())
     with pytest.raises(ValueError, match="unknown expert 'tax'"):
         model.teach("tax", ["fine"], tiny_tokenizer())
     assert list(model.skills) == ["sql"]

@@ -170,7 +170,10 @@ def compose(
     ],
     base: Annotated[str | None, typer.Option(help="The base, if the adapters name none or it has moved.")] = None,
     separator: Annotated[
-        str, typer.Option(help="What stands between prompt and completion, as the adapters were trained.")
+        str,
+        typer.Option(
+            help="What stands between prompt and completion, as the adapters were trained.", show_default="a new line"
+        ),
     ] = "\n",
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Prompts go through the base's chat template.")

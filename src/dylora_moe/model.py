@@ -1244,10 +1244,13 @@ class DyLoraMoE(PeftModelForCausalLM):
         """Add another library's skills, each of which is one of this mixture's experts, and compute the router anew.
 
         Raises:
-            ValueError: a skill that is no expert, or texts that were read otherwise. Nothing is changed.
+            ValueError: a skill that is no expert, or texts that were read otherwise, or of another base or layer.
+                Nothing is changed.
         """
         for name in library:
             self.experts.check_known(name)
+        if library.reading is not None:
+            library.reading.check_same_states(self.get_base_model(), self.router_layer_index)
         merged = self.skills.copy()
         merged.merge(library)
         self._put_skills(merged)

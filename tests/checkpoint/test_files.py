@@ -171,6 +171,15 @@ def test_a_new_checkpoint_is_as_readable_as_any_new_folder(tmp_path):
     assert (tmp_path / "mixture").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_private_folder_stays_private(saved, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    saved.chmod(0o750)
+    DyLoraMoE.from_pretrained(str(saved), base=tiny_base()).save_pretrained(saved)
+    assert saved.stat().st_mode & 0o777 == 0o750
+
+
 def test_missing_parents_are_made(tmp_path):
     tiny_mixture().save_pretrained(str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b" / "moe_config.json").is_file()
@@ -185,6 +194,45 @@ def test_a_link_to_a_folder_stays_a_link(saved):
     assert link.is_symlink()
     assert not (saved / "blue").exists()
     assert (saved / "optimizer.pt").is_file()
+
+
+def test_the_folder_one_stands_in_may_hold_links_for_experts(saved, monkeypatch):
+    elsewhere = saved.parent / "elsewhere"
+    (saved / "red").rename(elsewhere)
+    (saved / "red").symlink_to(elsewhere)
+    there = contents(elsewhere)
+    monkeypatch.chdir(saved)
+    model = DyLoraMoE.from_pretrained(".", base=tiny_base())
+    model.remove_expert("blue")
+    model.save_pretrained(".")
+    assert DyLoraMoE.from_pretrained(".", base=tiny_base()).expert_names == ["red", "green"]
+    assert not (saved / "red").is_symlink()
+    assert contents(elsewhere) == there
+    assert sorted(entry.name for entry in saved.parent.iterdir()) == ["elsewhere", "mixture"]
+    assert not list(saved.glob(".*"))
+
+
+@pytest.mark.parametrize("failing", ["move", "rename"])
+def test_what_fails_in_a_mounted_folder_leaves_the_old_checkpoint_whole(saved, monkeypatch, failing):
+    before = contents(saved.parent)
+    model = DyLoraMoE.from_pretrained(str(saved), base=tiny_base())
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    rename, renames = Path.rename, []
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail_once(self, target):
+        renames.append(target)
+        return full() if len(renames) == 8 else rename(self, target)  # the first of the new entries
+
+    if failing == "move":
+        monkeypatch.setattr(files.shutil, "move", full)
+    else:
+        monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(saved)
+    assert contents(saved.parent) == before
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

@@ -208,7 +208,7 @@ def test_a_split_is_not_gone_on_with_for_another_file_or_number(folder, monkeypa
         (("12.jsonl",), "Say how the expert is to be called with --name"),
         (("code.jsonl", "--output", "notes"), "README.md is in the way"),
         (("code.jsonl", "--output", "mine/sql"), "is an expert's folder of the mixture"),
-        (("chats.jsonl",), "row 1 is made of chat messages"),
+        (("chats.jsonl",), "chats.jsonl, line 1, 'messages' is made of chat messages"),
         (("--watch", "nowhere"), "no such folder"),
     ],
 )

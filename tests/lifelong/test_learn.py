@@ -161,6 +161,21 @@ def test_whatever_stops_it_leaves_the_mixture_as_it_was(model, monkeypatch, step
     assert model.frozen_experts == set()
 
 
+@pytest.mark.parametrize("step", ["_train", "moved"])
+def test_whatever_stops_it_in_a_mixture_that_knows_nothing_leaves_it_as_it_was(monkeypatch, step):
+    model = mixture(OLD)
+
+    def stops(*args, **kwargs):
+        raise KeyboardInterrupt("no more")
+
+    monkeypatch.setattr(module, step, stops)
+    monkeypatch.setattr(module, "_train", stops if step == "_train" else lambda *args: None)
+    with pytest.raises(KeyboardInterrupt, match="no more"):
+        learn(model, rows(), "code", tiny_tokenizer(), training=SHORT)
+    assert model.expert_states == dict.fromkeys(OLD, "new")
+    assert not model.skills
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_ctrl_c_says_what_is_kept(model, monkeypatch, tmp_path, kept):
     judge(monkeypatch, NEW)
@@ -241,6 +256,29 @@ def test_rows_that_are_there_twice_count_once(model, monkeypatch):
     seen = look(model, [*given, *given[:4]], tiny_tokenizer())
     assert len(seen.examples) == 6
     assert seen.twice == 4
+
+
+def test_rows_with_other_tools_are_other_rows(model, monkeypatch):
+    judge(monkeypatch, NEW)
+    row = Example("which?", "this one")
+    seen = look(model, [row, replace(row, template={"tools": ["search"]}), row], tiny_tokenizer())
+    assert seen.twice == 1
+    assert [example.template for example in seen.examples] == [{}, {"tools": ["search"]}]
+
+
+def test_plain_texts_are_learnt_with_the_separator_of_the_others(monkeypatch):
+    judge(monkeypatch, NEW)
+    model = teach(mixture(OLD), separator=" ")
+    monkeypatch.setattr(module, "_train", lambda *args: None)
+    learn(model, [text for text in rows(30) if isinstance(text, str)], "code", tiny_tokenizer(), training=SHORT)
+    assert model.skills["code"].rows == 10
+
+
+def test_no_row_is_longer_than_the_bases_context(model, monkeypatch):
+    judge(monkeypatch, NEW)  # the base has 256 positions
+    seen = look(model, ["hij" * 100, {"prompt": "hij" * 100, "completion": "h"}], tiny_tokenizer(), max_length=1024)
+    assert [len(str(example.completion)) for example in seen.examples] == [254, 46]
+    assert seen.too_long == 1
 
 
 def test_a_long_document_is_read_in_pieces_and_a_long_row_is_left_out(model, monkeypatch):

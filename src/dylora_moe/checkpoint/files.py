@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -143,12 +144,19 @@ def replacing(target: str | Path, owned: Collection[str]) -> Iterator[Path]:
                 raise CheckpointError(
                     f"{target / entry.name} is in the way and was not written by a mixture; choose another folder."
                 )
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)  # mkdtemp makes it private
+        folder.chmod(_mode(target))  # mkdtemp makes it private
         _swap(folder, target, owned)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mode(target: Path) -> int:
+    """The permissions of a folder, or of one that is to be made."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def _swap(folder: Path, target: Path, owned: Collection[str]) -> None:
@@ -199,12 +207,24 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _replace_entries(folder: Path, target: Path, owned: Collection[str]) -> None:
-    """Replace the owned entries of `target` one by one; the description goes out first and comes in last."""
-    for name in sorted(owned):
-        entry = target / name
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.suffix == ".json"):
-        shutil.move(str(entry), str(target / entry.name))
+    """Replace the owned entries of `target` one by one; the descriptions go out first and come in last.
+
+    All is on the disk of `target` before the first one goes, so that only names change then.
+    """
+    inside = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=target))
+    new, old, done = inside / "new", inside / "old", []
+    try:
+        shutil.move(str(folder), str(new))
+        old.mkdir()
+        leaving = sorted((target / name for name in owned), key=lambda entry: entry.suffix != ".json")
+        coming = sorted(new.iterdir(), key=lambda entry: entry.suffix == ".json")
+        moves = [(entry, old / entry.name) for entry in leaving if os.path.lexists(entry)]
+        for entry, place in [*moves, *((entry, target / entry.name) for entry in coming)]:
+            entry.rename(place)
+            done.append((entry, place))
+    except BaseException:
+        for entry, place in reversed(done):
+            place.rename(entry)
+        raise
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)

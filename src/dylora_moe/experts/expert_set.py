@@ -137,7 +137,7 @@ class ExpertSet:
         rest = {other: state for other, state in self.states.items() if other != name}
         if not rest:
             raise ValueError(f"{name!r} is the only expert; a mixture needs at least one.")
-        if ROUTED not in rest.values():
+        if self.states[name] == ROUTED and ROUTED not in rest.values():
             raise ValueError(
                 f"without {name!r} only experts that are not routed yet are left ({', '.join(rest)}); "
                 "call start_routing() for one of them first, or teach it with a closed-form router."

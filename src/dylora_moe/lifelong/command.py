@@ -279,7 +279,7 @@ def _show(seen: Look) -> None:
     for answer, count in seen.counts.items():
         table.add_row(answer, str(count))
     console.print(table)
-    for left, why in ((seen.twice, "there twice"), (seen.too_long, "longer than --max-length")):
+    for left, why in ((seen.twice, "there twice"), (seen.too_long, "longer than --max-length or the base's context")):
         if left:
             _say(f"{left} rows were left out: {why}.")
 

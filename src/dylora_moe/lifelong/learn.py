@@ -23,6 +23,7 @@ from trl import SFTConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from dylora_moe.config import check_expert_name
 from dylora_moe.data.examples import Example, to_dataset
+from dylora_moe.experts.expert_set import NEW
 from dylora_moe.model import DyLoraMoE
 from dylora_moe.skills.library import SkillLibrary
 from dylora_moe.training.recipe.methods import expert_stage
@@ -132,6 +133,7 @@ def learn(
         name = next(free for number in range(1, len(names) + 2) if (free := f"skill_{number}") not in names)
     check_expert_name(name, taken=names, base=mixture.get_base_model())
     tokenizer = mixture.tokenizer() if tokenizer is None else tokenizer
+    separator = mixture.skills.separator if separator is None else separator
     seen = look(mixture, rows, tokenizer, separator, false_alarm, training.max_length)
     if seen.reason is not None and not everything:
         return Learned(None, seen)
@@ -141,7 +143,7 @@ def learn(
         set_seed(training.seed)
         mixture.add_expert(name, training.lora)
         _train(mixture, name, chosen, tokenizer, training)
-        mixture.teach(name, chosen, tokenizer, chosen[0].separator, source)
+        mixture.teach(name, chosen, tokenizer, separator, source)
         nearest = mixture.skills.separation(name).get(name)
         return Learned(name, seen, len(chosen), moved(before, mixture.skills), nearest)
 
@@ -250,13 +252,16 @@ def _folder(given: Path | None) -> Iterator[Path]:
 @contextmanager
 def _undone_on_failure(mixture: DyLoraMoE, name: str) -> Iterator[None]:
     """Take the expert `name` out again if the block does not come to its end; torch's random state stays outside."""
+    states = dict(mixture.expert_states)
     skills, router = mixture.skills, {key: value.clone() for key, value in mixture.router.state_dict().items()}
     with torch.random.fork_rng():
         try:
             yield
         except BaseException:
             if name in mixture.expert_names:
+                mixture.experts.states[name] = NEW  # or it might be the only one that is routed, which stays
                 mixture.remove_expert(name)
+            mixture.experts.states.update(states)
             mixture.skills = skills
             mixture.router.load_state_dict(router)
             raise

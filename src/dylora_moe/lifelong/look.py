@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dylora_moe.data.examples import Example, encode
 from dylora_moe.model import DyLoraMoE
+from dylora_moe.skills.features import positions_of
 from dylora_moe.skills.novelty import KNOWN, NEW, TOO_SHORT, Novelty
 from dylora_moe.skills.reading import check_plain, examples_of
 
@@ -105,7 +106,8 @@ def look(
         tokenizer: of the base.
         separator: what stands between prompt and completion; default as the mixture was taught.
         false_alarm: share of the rows of known skills that may be called new.
-        max_length: tokens of a row; plain text that is longer is cut into pieces, other rows are left out.
+        max_length: tokens of a row, and no more than the base has positions for; plain text that is longer is cut into
+            pieces, other rows are left out.
 
     Raises:
         ValueError: no rows, unusable ones, or none that fits.
@@ -113,10 +115,14 @@ def look(
     separator = mixture.skills.separator if separator is None else separator
     given = examples_of(rows, separator)
     check_plain(given, bool(mixture.chat))
-    once = list({(str(e.prompt), str(e.completion)): e for e in reversed(given)}.values())[::-1]
+    max_length = min(max_length, positions_of(mixture.get_base_model()) or max_length)
+    once = list({(str(e.prompt), str(e.completion), str(e.template)): e for e in reversed(given)}.values())[::-1]
     fitting = [piece for example in once for piece in _pieces(example, tokenizer, bool(mixture.chat), max_length)]
     if not fitting:
-        raise ValueError(f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; raise it.")
+        raise ValueError(
+            f"none of the {_rows(len(once))} fits into max_length={max_length} tokens; shorten them, or raise it, at "
+            "most to the base's context."
+        )
     too_long = len(once) - len({id(example) for example, _ in fitting})
     examples = tuple(piece for _, piece in fitting)
     states = mixture.views(examples, tokenizer, separator, sums=True).deciding  # read once, for all that follows

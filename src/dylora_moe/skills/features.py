@@ -78,8 +78,13 @@ def states_of(base: nn.Module, placement: Placement, k: int, row: Row, window: i
 
 def window_of(base: Any) -> int:
     """`WINDOW`, or fewer where the base has no more positions."""
+    return min(WINDOW, positions_of(base) or WINDOW)
+
+
+def positions_of(base: Any) -> int | None:
+    """How many positions a base has, if its configuration says so."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return min(WINDOW, positions) if positions and positions > 0 else WINDOW
+    return positions if positions and positions > 0 else None
 
 
 @contextmanager

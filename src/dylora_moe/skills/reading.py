@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -50,15 +50,21 @@ class Reading:
     ) -> Reading:
         """The note for a base, with or without experts, the router's layer, and how texts are formatted."""
         return cls(
-            base=_hash_of_weights(base),
-            dtype=_dtype(base),
-            quantization=_quantization(base.config),
+            **_states(base),
             layer=layer,
-            width=base.config.get_text_config().hidden_size,
             tokenizer=_hash(_behaviour(tokenizer)),
             separator=separator,
             chat_template=_hash(str(tokenizer.chat_template)) if chat else "",
         )
+
+    def check_same_states(self, base: Any, layer: int) -> None:
+        """Raise `ValueError` if texts were read with another base than `base`, or at another layer than `layer`."""
+        own = replace(self, **_states(base), layer=layer)
+        if self != own:
+            raise ValueError(
+                f"this mixture and the library's read texts in another way ({'; '.join(own.differences(self))}); its "
+                "sums are of use only to mixtures on the same base, with the same router_layer."
+            )
 
     def has_other_weights(self, base: Any) -> bool:
         """Whether a base surely has other weights; in another dtype or quantization the same ones look different.
@@ -72,6 +78,16 @@ class Reading:
         """What differs, for messages."""
         ours, theirs = asdict(self), asdict(other)
         return [f"{key.replace('_', ' ')} {ours[key]!r}, {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+
+
+def _states(base: Any) -> dict[str, Any]:
+    """What of a base decides the states, by the names in `Reading`."""
+    return {
+        "base": _hash_of_weights(base),
+        "dtype": _dtype(base),
+        "quantization": _quantization(base.config),
+        "width": base.config.get_text_config().hidden_size,
+    }
 
 
 def _hash_of_weights(base: Any) -> str:
@@ -116,7 +132,7 @@ def read_rows(
         else:
             ids, prompt = encode(example, tokenizer, chat)
         if len(ids) < 2:
-            raise ValueError(f"row {number} has {len(ids)} tokens; at least two are needed.")
+            raise ValueError(f"{example.place or f'row {number}'} has {len(ids)} tokens; at least two are needed.")
         found.append(Row(ids, prompt))
     return found
 
@@ -141,7 +157,10 @@ def check_plain(examples: Iterable[Example], chat: bool) -> None:
     """Raise `ValueError` if one is made of chat messages where `chat` does not say that a template takes them."""
     for number, example in enumerate(examples, start=1):
         if not chat and (isinstance(example.prompt, list) or isinstance(example.completion, dict)):
-            raise ValueError(f"row {number} is made of chat messages, but the mixture's prompts are plain: model.chat.")
+            raise ValueError(
+                f"{example.place or f'row {number}'} is made of chat messages, but the mixture's prompts are plain; "
+                "give text, or set model.chat = True (compose: --chat) before anything is taught."
+            )
 
 
 def digest_of(rows: Iterable[Row]) -> str:
