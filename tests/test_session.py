@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dylora_moe import CheckpointError, DyLoraMoE, MoELoraConfig
+from dylora_moe.checkpoint import files
 from dylora_moe.routing.granularity import GRANULARITIES
 from dylora_moe.session import Session, pieces
 from tinybase import save_tiny_base, tiny_tokenizer
@@ -55,6 +56,12 @@ def test_each_token_is_shown_with_the_pass_that_predicted_it(saved):
     assert answer.weights[0].isnan().all()
     torch.testing.assert_close(answer.weights[1:], read[:-1], rtol=0, atol=1e-5)
     assert not torch.equal(read[1:], read[:-1])  # or the rows would not tell which pass is which
+
+
+def test_a_checkpoint_on_the_hub_has_its_own_tokenizer(saved, monkeypatch):
+    folder = saved()
+    monkeypatch.setattr(files, "snapshot_download", lambda _, allow_patterns: folder * ("*.jinja" in allow_patterns))
+    assert Session("me/skills").tokenizer.chat_template == Session(folder).tokenizer.chat_template is not None
 
 
 def test_routing_a_text_is_the_same_pairing(saved):
