@@ -67,6 +67,12 @@ def test_a_mixture_of_the_hub_is_read_with_its_own_tokenizer(saved, monkeypatch)
     assert len(Session("me/mixture").tokenizer) == len(tokenizer)
 
 
+def test_a_checkpoint_on_the_hub_has_its_own_tokenizer(saved, monkeypatch):
+    folder = saved()
+    monkeypatch.setattr(files, "snapshot_download", lambda _, allow_patterns: folder * ("*.jinja" in allow_patterns))
+    assert Session("me/skills").tokenizer.chat_template == Session(folder).tokenizer.chat_template is not None
+
+
 def test_routing_a_text_is_the_same_pairing(saved):
     session = Session(saved())
     answer = session.route(PROMPT)

@@ -57,8 +57,9 @@ class Session:
 
     def __init__(self, directory: str | Path, base: str | None = None, **base_kwargs: Any):
         self.model = DyLoraMoE.from_pretrained(str(directory), base=base, **base_kwargs)
-        self.tokenizer: Any = load_tokenizer(self.model.folder, base or self.model.base_name)
-        self.chat = prompts_are_chats(directory, self.model.chat)
+        folder = self.model.folder or directory
+        self.tokenizer: Any = load_tokenizer(folder, base or self.model.base_name)
+        self.chat = prompts_are_chats(folder, self.model.chat)
 
     def set_top_k(self, k: int) -> None:
         """Keep the best `k` experts per token."""

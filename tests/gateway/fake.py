@@ -71,7 +71,8 @@ def fake_app(fake: Fake) -> FastAPI:
         fake.asked.append((request.url.path, await request.body(), dict(request.headers)))
         if fake.refusal is not None:
             status, body = fake.refusal
-            return Response(body, status, {"retry-after": "7", "content-type": "application/problem+json"})
+            own = {"retry-after": "7", "content-type": "application/problem+json", "set-cookie": "whose=first"}
+            return Response(body, status, own)
         if fake.last["model"] not in {model["id"] for model in fake.listed}:
             return JSONResponse({"error": {"message": f"no {fake.last['model']}", "code": 404}}, 404)
         if fake.last.get("stream"):

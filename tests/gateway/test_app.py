@@ -151,6 +151,25 @@ def test_the_body_is_passed_on_but_for_the_model(live: Before):
     assert answer.json()["choices"][0]["message"]["content"] == "by sql"
 
 
+def test_headers_are_passed_on_byte_for_byte_but_for_those_of_the_connection(live: Before):
+    latin, hops = "Jürgen".encode("latin-1"), [(b"connection", b"keep-alive"), (b"connection", b"X-Hop")]
+    asked = {"model": f"{NAME}:sql", "messages": []}
+    headers = [*hops, (b"x-hop", b"1"), (b"x-name", latin)]
+    assert CLIENT.post(f"{live.url}/v1/chat/completions", json=asked, headers=headers).status_code == 200
+    received = live.fake.asked[-1][2]
+    assert received["x-name"] == "Jürgen"
+    assert "x-hop" not in received
+
+
+def test_a_cookie_is_not_the_next_clients(live: Before):
+    live.fake.refusal = (429, b"")
+    assert live.post().headers["set-cookie"] == "whose=first"
+    CLIENT.cookies.clear()  # another client
+    live.post()
+    CLIENT.cookies.clear()
+    assert "cookie" not in live.fake.asked[-1][2]
+
+
 def test_names(live: Before):
     listed = [model["id"] for model in CLIENT.get(f"{live.url}/v1/models").json()["data"]]
     assert listed == [NAME, f"{NAME}:base", *(f"{NAME}:{name}" for name in NAMES)]
@@ -245,6 +264,32 @@ def test_a_client_that_goes_away_takes_its_request_along(live: Before, stream: b
         with pytest.raises(httpx.ReadTimeout):
             CLIENT.post(f"{live.url}/v1/chat/completions", json=body, timeout=0.3)
     assert live.fake.left.wait(10)
+
+
+def test_a_client_that_goes_away_is_not_scored(live: Before, monkeypatch: pytest.MonkeyPatch):
+    begun, go_on, scored = threading.Event(), threading.Event(), []
+
+    def slow(self: PromptRouter, ids: Any) -> str:
+        scored.append(ids)
+        begun.set()
+        assert go_on.wait(20)
+        return "sql"
+
+    def noticed() -> bool:
+        threading.Event().wait(0.02)
+        return 'requests_total{path="/v1/completions",status="499"} 1.0' in CLIENT.get(f"{live.url}/metrics").text
+
+    monkeypatch.setattr(PromptRouter, "choose", slow)
+    first = threading.Thread(target=lambda: live.post("/v1/completions", prompt="aab"))
+    first.start()
+    assert begun.wait(20)
+    with pytest.raises(httpx.ReadTimeout):
+        CLIENT.post(f"{live.url}/v1/completions", json={"model": NAME, "prompt": ["ab", "ba"]}, timeout=0.3)
+    assert any(noticed() for _ in range(200))
+    go_on.set()
+    first.join(20)
+    assert live.post("/v1/completions", prompt="ccd").status_code == 200
+    assert len(scored) == 2
 
 
 def test_errors_of_the_engine_are_passed_on(live: Before):

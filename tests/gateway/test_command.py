@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from dylora_moe.cli import app
 from gateway.fake import Fake, fake_app
 from serving.live import NAME, listening, tiny_checkpoint
+from tinybase import tiny_tokenizer
 from topics import NAMES
 
 runner = CliRunner()
@@ -45,6 +46,21 @@ def test_it_serves_what_it_is_told_to(folder: Path, monkeypatch: pytest.MonkeyPa
     assert [answer.status_code for answer in seen] == [401, 200]
     assert seen[1].headers["x-dylora-expert"] == fake.last["model"] == "sql"
     assert fake.asked[-1][2]["authorization"] == "Bearer k"
+
+
+def test_a_checkpoint_on_the_hub_has_its_own_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(place: Path, _: str) -> Any:
+        seen.append(place)
+        return tiny_tokenizer()
+
+    seen = []
+    monkeypatch.setattr("dylora_moe.checkpoint.files.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("dylora_moe.base.loading.load_tokenizer", load)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    with listening(fake_app(Fake(NAMES))) as url:
+        done = runner.invoke(app, ["gateway", "me/skills", "--engine", url, "--port", "0"])
+    assert done.exit_code == 0, done.output
+    assert seen == [folder]
 
 
 def test_what_cannot_be_served(folder: Path, tmp_path: Path):

@@ -74,11 +74,14 @@ def test_one_that_wants_a_key(running: tuple[str, Fake]):
 def test_what_is_no_engine():
     app = FastAPI()
     app.get("/v1/models")(lambda: PlainTextResponse("hello"))
+    app.get("/odd/v1/models")(lambda: PlainTextResponse("hello", headers={"content-encoding": "gzip"}))
     with listening(app) as url:
         with pytest.raises(EngineError, match=r"as no OpenAI-compatible engine does: 'hello'; say with --engine"):
             Engine(url, ["sql"], "runs/mine").read_names()
         with pytest.raises(EngineError, match=r"answered GET /v1/models with 404"):
             Engine(f"{url}/deeper", ["sql"], "runs/mine").read_names()
+        with pytest.raises(EngineError, match=r"does not answer \(DecodingError"):
+            Engine(f"{url}/odd", ["sql"], "runs/mine").read_names()
     with pytest.raises(EngineError, match=rf"the engine at {url} does not answer \(ConnectError.*start it") as down:
         Engine(url, ["sql"], "runs/mine").read_names()
     assert down.value.status == 503
@@ -91,3 +94,4 @@ def test_an_address_is_needed(url: str):
     with pytest.raises(ValueError, match="--engine-api-key takes a key"):
         Engine("http://me:secret@a", [], "")
     assert Engine("https://a:1/v1/", [], "").url == Engine("https://a:1", [], "").url == "https://a:1"
+    assert Engine("http://v1", [], "").url == "http://v1"

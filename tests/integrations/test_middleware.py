@@ -157,6 +157,7 @@ def test_streamed():
         ("/v1/completions", b'{"prompt": "x", "metadata": {"routing": true}}'),
         ("/v1/completions", b'{"routing": tru'),
         ("/v1/completions", b'["routing"]'),
+        ("/v1/completions", b'{"routing": ' + b"[" * 100_000),
         ("/v1/embeddings", b'{"routing": true}'),
     ],
 )
@@ -165,6 +166,14 @@ def test_others_pass_untouched(path: str, body: bytes):
     _, _, parts = ask(server, engine, body, path)
     assert server.asked == body
     assert parts == server.bodies
+    assert not engine.taken
+
+
+def test_no_more_is_kept_than_is_looked_into(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(middleware, "MOST", 4)
+    server, engine = Server([answer(token_ids=[8], finish_reason="stop")]), Engine()
+    assert ask(server, engine, request())[2] == server.bodies
+    assert server.asked == request()
     assert not engine.taken
 
 

@@ -59,7 +59,7 @@ def local_folder(source: str | Path, files: list[str], **download: Any) -> Path:
             f"{source}: no such folder; expected one with {', '.join(files)}, or a hub id (owner/name)."
         )
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md"], **download))
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.md", "*.jinja"], **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source}: no such folder, and the hub did not deliver it: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -87,30 +87,33 @@ def create_app(gateway: Gateway, limits: Limits | None = None) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: Asked, http: Request) -> Response:
         """Answer a conversation."""
-        choice = forced(body) or await gateway.chooser.for_chat(_read(Chat, body).messages)
-        return await passed_on("/v1/chat/completions", body, choice, http)
+        chosen_for = gateway.chooser.for_chat
+        return await passed_on("/v1/chat/completions", body, lambda: chosen_for(_read(Chat, body).messages), http)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: Asked, http: Request) -> Response:
         """Go on from a text, or from each of several."""
-        choice = forced(body) or await gateway.chooser.for_prompts(_read(Prompted, body).prompts)
-        return await passed_on("/v1/completions", body, choice, http)
+        chosen_for = gateway.chooser.for_prompts
+        return await passed_on("/v1/completions", body, lambda: chosen_for(_read(Prompted, body).prompts), http)
 
-    def forced(body: Mapping[str, Any]) -> Choice | None:
-        """The expert that a request names, None if it is to be routed."""
-        expert = expert_named(_read(Named, body).model, gateway.models)
-        return None if expert is None else Choice(expert, "forced")
+    async def passed_on(
+        path: str, body: Mapping[str, Any], routed: Callable[[], Awaitable[Choice]], http: Request
+    ) -> Response:
+        """The engine's answer, from the adapter that the request names or is `routed` to."""
+        forced = expert_named(_read(Named, body).model, gateway.models)
 
-    async def passed_on(path: str, body: Mapping[str, Any], choice: Choice, http: Request) -> Response:
-        """The engine's answer, from an adapter that was chosen."""
-        content = json.dumps({**body, "model": await gateway.engine.model_for(choice.expert)}).encode()
-        asking = asyncio.create_task(gateway.engine.ask(path, content, http.headers, http.state.request_id))
+        async def ask() -> tuple[Choice, httpx2.Response]:
+            choice = await routed() if forced is None else Choice(forced, "forced")
+            content = json.dumps({**body, "model": await gateway.engine.model_for(choice.expert)}).encode()
+            return choice, await gateway.engine.ask(path, content, http.headers, http.state.request_id)
+
+        asking = asyncio.create_task(ask())
         gone = asyncio.create_task(gone_away(http))
         try:
             await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
                 return Response(status_code=GONE)  # nobody reads it
-            answer = await asking
+            choice, answer = await asking
         finally:
             for each in (asking, gone):
                 each.cancel()

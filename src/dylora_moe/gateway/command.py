@@ -109,14 +109,14 @@ def _gateway(
     from .engine import Engine
 
     options = loading_options(dtype)
-    _, known = read_description(directory)
+    folder, known = read_description(directory)
     engine = Engine(url, list(known.states), directory, engine_base, key, replaces)
     engine.read_names()
     engine.check_complete()
     router = PromptRouter.from_pretrained(directory, base, **options)
     put_on(router, device)
-    tokenizer = load_tokenizer(directory, base or known.base_name)
-    chat = prompts_are_chats(directory, known.chat)
+    tokenizer = load_tokenizer(folder, base or known.base_name)
+    chat = prompts_are_chats(folder, known.chat)
     chooser = Chooser(router, tokenizer, chat, Conversations() if sticky else None)
     return Gateway(name, chooser, engine)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,19 +16,19 @@ from dylora_moe.arguments import BASE
 CONNECT = 5
 """Seconds in which the engine must take a connection, and say which models it has."""
 OF_A_CONNECTION = {
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
+    b"connection",
+    b"keep-alive",
+    b"proxy-authenticate",
+    b"proxy-authorization",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
 }
 """Headers that are between two neighbours only (RFC 9110, section 7.6.1)."""
-NOT_ASKED = OF_A_CONNECTION | {"host", "content-length", "content-type", "expect", "x-request-id"}
-NOT_ANSWERED = OF_A_CONNECTION | {"date", "server"}
+NOT_ASKED = OF_A_CONNECTION | {b"host", b"content-length", b"content-type", b"expect", b"x-request-id"}
+NOT_ANSWERED = OF_A_CONNECTION | {b"date", b"server"}
 
 
 class EngineError(ValueError):
@@ -78,8 +79,10 @@ class Engine:
         self._replaces = replaces
         self._client = httpx2.AsyncClient(
             headers={"accept-encoding": "identity"},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one client's are not the next one's
             timeout=httpx2.Timeout(None, connect=CONNECT),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
+            # uvicorn, which vLLM answers with, closes an idle connection after 5 seconds
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=2),
         )
 
     async def close(self) -> None:
@@ -96,7 +99,7 @@ class Engine:
         """
         try:
             answer = httpx2.get(f"{self.url}/v1/models", headers=self._own, timeout=CONNECT)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._down(error) from error
         if answer.status_code != 200:
             key = " Give its key with --engine-api-key." if answer.status_code in (401, 403) else ""
@@ -172,10 +175,9 @@ class Engine:
         Raises:
             EngineError: the engine does not answer.
         """
-        passed = [(name, value) for name, value in headers.items() if name not in NOT_ASKED | _named(headers)]
-        if self._replaces:
-            passed = [*((name, value) for name, value in passed if name != "authorization"), *self._own.items()]
-        passed += [("content-type", "application/json"), ("x-request-id", id)]
+        own = {"content-type": "application/json", "x-request-id": id, **(self._own if self._replaces else {})}
+        passed = _passed_on(headers.raw, NOT_ASKED | {b"authorization"} if self._replaces else NOT_ASKED)
+        passed += [(name.encode(), value.encode()) for name, value in own.items()]
         request = self._client.build_request("POST", f"{self.url}{path}", content=body, headers=passed)
         try:
             answer = await self._client.send(request, stream=True)
@@ -196,13 +198,14 @@ class Engine:
 
 def answered(answer: httpx2.Response) -> list[tuple[bytes, bytes]]:
     """The headers of the engine's answer that are passed on."""
-    own = NOT_ANSWERED | _named(answer.headers)
-    return [(name.lower(), value) for name, value in answer.headers.raw if name.lower().decode("latin-1") not in own]
+    return _passed_on(answer.headers.raw, NOT_ANSWERED)
 
 
-def _named(headers: Any) -> set[str]:
-    """Further headers that are between two neighbours only: those that `Connection` names."""
-    return {name.strip().lower() for name in headers.get("connection", "").split(",")}
+def _passed_on(headers: Sequence[tuple[bytes, bytes]], without: set[bytes]) -> list[tuple[bytes, bytes]]:
+    """Headers, byte for byte, but for some and for those that `Connection` says are between two neighbours only."""
+    named = [value for name, value in headers if name.lower() == b"connection"]
+    without = without | {name.strip().lower() for name in b",".join(named).split(b",")}
+    return [(name.lower(), value) for name, value in headers if name.lower() not in without]
 
 
 def _checked(url: str) -> str:
@@ -215,7 +218,7 @@ def _checked(url: str) -> str:
         raise ValueError(f"--engine {url!r}: an address such as http://127.0.0.1:8000 is needed.")
     if parts.username or parts.password:
         raise ValueError("--engine: leave name and password out of the address; --engine-api-key takes a key.")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return parts._replace(path=parts.path.rstrip("/").removesuffix("/v1").rstrip("/")).geturl()
 
 
 def _listed(names: Iterable[str]) -> str:

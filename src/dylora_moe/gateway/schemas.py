@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from dylora_moe.serving.schemas import SEVERAL, Text
 
@@ -25,7 +25,7 @@ class Message(BaseModel):
     """One message of a conversation, a tool's included."""
 
     role: Text
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:

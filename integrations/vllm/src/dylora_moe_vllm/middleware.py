@@ -16,6 +16,8 @@ from .engine import RECORDER, recording
 from .records import KEY, entry
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+MOST = 1 << 24
+"""Bytes of a body that are looked into, which vLLM's key is asked for only after: a larger request passes untouched."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,8 +38,10 @@ class Routing:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             return await self._app(scope, receive, send)
         messages = [await receive()]
-        while messages[-1].get("more_body"):
+        size = len(messages[0].get("body", b""))
+        while messages[-1].get("more_body") and size <= MOST:
             messages.append(await receive())
+            size += len(messages[-1].get("body", b""))
         asked = _asked(b"".join(message.get("body", b"") for message in messages))
         if asked is None:
             return await self._app(scope, _replayed(messages, receive), send)
@@ -60,7 +64,7 @@ def _asked(body: bytes) -> dict[str, Any] | None:
         return None
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # vLLM says so
     return asked if isinstance(asked, dict) and asked.get("routing") not in (None, False) else None
 
