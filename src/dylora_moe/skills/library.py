@@ -305,7 +305,7 @@ class SkillLibrary(Mapping[str, Skill]):
 def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
     """A tensor of a file out of those that are left, checked."""
     if key not in tensors:
-        raise ValueError(f"{key} is missing.")
+        raise ValueError(f"{key} is missing; the file is damaged, or another version wrote it.")
     tensor = tensors.pop(key)
     fits = len(tensor.shape) == len(shape) and all(
         wanted in (None, size) for size, wanted in zip(tensor.shape, shape, strict=True)
