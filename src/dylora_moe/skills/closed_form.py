@@ -11,9 +11,9 @@ where m, the mean of the means, changes no difference of scores. Means and S are
     means over a sequence    (n d_e + MEAN_ROWS · x̄_e) / (n + MEAN_ROWS), and S = Σ_e C_e / E + COVARIANCE_ROWS / N · T
 
 where d_e is the mean of what decides in the skill's n rows (prompts), C_e their covariance, of the kept ones, and N how
-many rows those are, but for one of each skill. A mean over a text varies in other directions than its tokens do: by T and
-x̄, 96.0 % of the prompts of fourteen tasks, some of which ask much the same, go to the right one after 200 rows of each;
-so 98.5 % (`benchmarks/lifelong/routing.py`). Where rows are few, tokens say more.
+many rows those are, but for one of each skill. A mean over a text varies in other directions than its tokens do: by T
+and x̄, 96.0 % of the prompts of fourteen tasks, some of which ask much the same, go to the right one after 200 rows of
+each; so 98.5 % (`benchmarks/lifelong/routing.py`). Where rows are few, tokens say more.
 
 Tokens of one text are not independent, so the scores are too sure of themselves; a temperature for single tokens and
 one for means over a text is what makes rows most likely that had no part in the fit.
