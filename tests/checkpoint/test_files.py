@@ -224,7 +224,7 @@ def test_what_fails_in_a_mounted_folder_leaves_the_old_checkpoint_whole(saved, m
 
     def fail_once(self, target):
         renames.append(target)
-        return full() if len(renames) == 8 else rename(self, target)  # the first of the new entries
+        return full() if len(renames) == 8 else rename(self, target)  # when six old entries are out and a new one is in
 
     if failing == "move":
         monkeypatch.setattr(files.shutil, "move", full)

@@ -261,7 +261,7 @@ def test_rows_that_are_there_twice_count_once(model, monkeypatch):
 def test_rows_with_other_tools_are_other_rows(model, monkeypatch):
     judge(monkeypatch, NEW)
     row = Example("which?", "this one")
-    seen = look(model, [row, replace(row, template={"tools": ["search"]}), row], tiny_tokenizer())
+    seen = look(model, [row, row, replace(row, template={"tools": ["search"]})], tiny_tokenizer())
     assert seen.twice == 1
     assert [example.template for example in seen.examples] == [{}, {"tools": ["search"]}]
 

@@ -153,7 +153,7 @@ def replacing(target: str | Path, owned: Collection[str]) -> Iterator[Path]:
 def _mode(target: Path) -> int:
     """The permissions of a folder, or of one that is to be made."""
     if target.exists():
-        return stat.S_IMODE(target.stat().st_mode)
+        return stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU  # it is filled after this
     mask = os.umask(0)
     os.umask(mask)
     return 0o777 & ~mask
