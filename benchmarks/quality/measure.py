@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -120,27 +121,22 @@ def best_rate(method: str) -> float:
 
 
 def table() -> str:
-    """Every method and column at its best rate: the mean over the seeds, each seed, and the interval over rows."""
+    """Every method, rate and column: the mean over the seeds, each seed, and the interval over rows."""
     lines = ["| method | rate | routing | mean | seeds | over rows |", "| --- | ---: | --- | ---: | --- | ---: |"]
-    for method in METHODS:
-        if not any(DECIDES[method] in read(method, rate, SEEDS[0]) for rate in RATES):
+    for method, rate, column in product(METHODS, RATES, COLUMNS):
+        measured = [cell for seed in SEEDS if column in (cell := read(method, rate, seed))]
+        if not measured:
             continue
-        rate = best_rate(method)
-        found = [read(method, rate, seed) for seed in SEEDS]
-        for column in COLUMNS:
-            measured = [cell for cell in found if column in cell]
-            if not measured:
-                continue
-            means = [mean_of(cell, column) for cell in measured]
-            widths = [
-                sum((cell[column][name]["high"] - cell[column][name]["low"]) ** 2 for name in DOMAINS) ** 0.5 / 8
-                for cell in measured
-            ]
-            spread = f", σ {stdev(means):.3f}" if len(means) > 1 else ""
-            listed = " · ".join(f"{value:.3f}" for value in means)
-            lines.append(
-                f"| {method} | {rate:g} | {column} | {fmean(means):.3f} | {listed}{spread} | ± {fmean(widths):.3f} |"
-            )
+        means = [mean_of(cell, column) for cell in measured]
+        widths = [
+            sum((cell[column][name]["high"] - cell[column][name]["low"]) ** 2 for name in DOMAINS) ** 0.5 / 8
+            for cell in measured
+        ]
+        spread = f", σ {stdev(means):.3f}" if len(means) > 1 else ""
+        listed = " · ".join(f"{value:.3f}" for value in means)
+        lines.append(
+            f"| {method} | {rate:g} | {column} | {fmean(means):.3f} | {listed}{spread} | ± {fmean(widths):.3f} |"
+        )
     return "\n".join(lines)
 
 
